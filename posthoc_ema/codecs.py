@@ -1,0 +1,120 @@
+"""How a float32 average becomes stored bytes and back: float32, float16, bfloat16.
+
+Numbers here are plain NumPy; bfloat16, which NumPy does not know, is held as its 16 bits in uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_ema.errors import ConfigError
+
+StoreDtype = Literal["float32", "float16", "bfloat16"]
+STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
+
+AnyArray = npt.NDArray[Any]
+Float32Array = npt.NDArray[np.float32]
+
+# safetensors code -> (name that PyTorch and NumPy use, NumPy dtype that holds its bits)
+_TABLE: dict[str, tuple[str, str]] = {
+    "F64": ("float64", "<f8"),
+    "F32": ("float32", "<f4"),
+    "F16": ("float16", "<f2"),
+    "BF16": ("bfloat16", "<u2"),
+    "I64": ("int64", "<i8"),
+    "I32": ("int32", "<i4"),
+    "I16": ("int16", "<i2"),
+    "I8": ("int8", "|i1"),
+    "U64": ("uint64", "<u8"),
+    "U32": ("uint32", "<u4"),
+    "U16": ("uint16", "<u2"),
+    "U8": ("uint8", "|u1"),
+    "BOOL": ("bool", "|b1"),
+    "C64": ("complex64", "<c8"),
+    "F8_E4M3": ("float8_e4m3fn", "|u1"),
+    "F8_E5M2": ("float8_e5m2", "|u1"),
+}
+DTYPE_NAMES: dict[str, str] = {code: name for code, (name, _) in _TABLE.items()}
+"""safetensors code -> dtype name, for example "BF16" -> "bfloat16"."""
+DTYPE_CODES: dict[str, str] = {name: code for code, name in DTYPE_NAMES.items()}
+"""dtype name -> safetensors code."""
+FLOATING: frozenset[str] = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""dtypes that can be averaged."""
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def storage_dtype(name: str) -> np.dtype[Any]:
+    """NumPy dtype that holds the bits of dtype `name` (bfloat16 -> uint16)."""
+    return np.dtype(_TABLE[DTYPE_CODES[name]][1])
+
+
+def check_store_dtype(dtype: str) -> StoreDtype:
+    """Return `dtype` if averages can be stored in it.
+
+    Raises:
+        ConfigError: it is not one of float32, float16, bfloat16.
+    """
+    if dtype not in STORE_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(STORE_DTYPES)}, got {dtype!r}.")
+    return dtype  # type: ignore[return-value]  # membership in the Literal was just checked
+
+
+def fits(values: Float32Array, dtype: str) -> bool:
+    """Whether `values` survive `dtype` without overflow. Only float16 has a small range (65504)."""
+    if dtype != "float16" or values.size == 0:
+        return True
+    low, high = float(values.min()), float(values.max())
+    # Infinities and nan stay what they are in any dtype; the finite neighbours decide.
+    return not any(np.isfinite(v) and abs(v) > _FLOAT16_MAX for v in (low, high)) and not (
+        np.isinf(low) or np.isinf(high)
+    )
+
+
+def encode(values: AnyArray, dtype: str) -> AnyArray:
+    """Round a float array to `dtype` (to nearest, ties to even); bfloat16 comes back as uint16 bits.
+
+    Args:
+        values: floating array, any shape.
+        dtype: name of a floating dtype.
+
+    Returns:
+        Array of `storage_dtype(dtype)`, same shape, C-contiguous.
+
+    Example:
+        >>> hex(int(encode(np.array([1.0]), "bfloat16")[0]))
+        '0x3f80'
+    """
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):  # callers ask `fits` first where overflow matters
+            return np.ascontiguousarray(values, dtype=storage_dtype(dtype))
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(
+        16
+    )
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, quiet_nan, rounded).astype("<u2")
+
+
+def decode(stored: AnyArray, dtype: str, out: Float32Array | None = None) -> Float32Array:
+    """Float32 values of stored bits; exact for float16, bfloat16 and float32.
+
+    Args:
+        stored: array of `storage_dtype(dtype)`, any shape.
+        dtype: name of a floating dtype.
+        out: float32 array of the same shape to write to.
+
+    Returns:
+        float32 array, same shape (`out` if it was given).
+    """
+    if out is None:
+        out = np.empty(stored.shape, dtype=np.float32)
+    if dtype == "bfloat16":
+        np.left_shift(stored, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, stored, casting="same_kind")
+    return out

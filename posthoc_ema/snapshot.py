@@ -1,0 +1,239 @@
+"""The record of one stored average: what it is, in which file, and how that is written down.
+
+Identity lives in metadata, exactly: the time as an integer, sigma_rel at full precision, the run's id.
+File names repeat it for people. docs/reference/store-format.md is the normative description.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posthoc_ema.codecs import DTYPE_CODES, FLOATING, STORE_DTYPES
+from posthoc_ema.errors import InvalidProfileError
+from posthoc_ema.profiles import PointProfile, PowerProfile
+
+SCHEMA = 1
+METADATA_KEY = "posthoc_ema"
+CLOCKS = ("steps", "images")
+_FILE_NAME = re.compile(r"\d{12,}-(raw|sigma_rel-[0-9.e-]+)\.safetensors")
+
+StoredProfile = PowerProfile | PointProfile
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One row of the tensor table: what a name stands for in the model.
+
+    Attributes:
+        name: as in the model's `state_dict`, without wrapper prefixes.
+        shape: its shape.
+        dtype: the model's own dtype, for example "bfloat16".
+        averaged: True for averaged parameters; False for buffers and frozen parameters, which are
+            copied from the live model bit by bit and never averaged or combined.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    averaged: bool
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """All tensors of a model, in its own order, tied names listed once.
+
+    Attributes:
+        entries: name -> entry.
+        aliases: further names of tied tensors, alias -> name in `entries`.
+    """
+
+    entries: dict[str, TensorEntry]
+    aliases: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, as in the manifest."""
+        tensors = {
+            e.name: {
+                "shape": list(e.shape),
+                "dtype": e.dtype,
+                "kind": "average" if e.averaged else "copy",
+            }
+            for e in self.entries.values()
+        }
+        return {"tensors": tensors, "aliases": dict(self.aliases)}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> TensorTable:
+        """Inverse of `to_json`; raises ValueError with a reason for anything malformed."""
+        entries: dict[str, TensorEntry] = {}
+        for name, row in _table(value, "tensors").items():
+            shape: Any = row.get("shape")
+            dtype, kind = row.get("dtype"), row.get("kind")
+            good_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+            if not good_shape or dtype not in DTYPE_CODES or kind not in ("average", "copy"):
+                raise ValueError(f"the row of tensor {name!r} is malformed")
+            if kind == "average" and dtype not in FLOATING:
+                raise ValueError(f"tensor {name!r} of dtype {dtype} cannot be an average")
+            entries[name] = TensorEntry(name, tuple(shape), dtype, kind == "average")
+        aliases = value.get("aliases", {})
+        if not isinstance(aliases, dict) or any(
+            not isinstance(v, str) or v not in entries or k in entries for k, v in aliases.items()
+        ):
+            raise ValueError("its aliases do not name tensors of the table")
+        return TensorTable(entries, dict(aliases))
+
+
+def _table(value: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    table = value.get(key)
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        raise ValueError(f"{key!r} is not a table")
+    return table
+
+
+@dataclass(frozen=True)
+class SnapshotRecord:
+    """One stored average, as the manifest lists it.
+
+    Attributes:
+        file: name of its file inside the store's folder.
+        time: training time, exact, in the store's clock.
+        profile: which average; `PointProfile` is the raw weights.
+        dtype: how averaged tensors are stored.
+        file_bytes: size of the file.
+        header_checksum: xxh3_64 of the file's header, which holds the checksums of the tensors.
+    """
+
+    file: str
+    time: int
+    profile: StoredProfile
+    dtype: str
+    file_bytes: int
+    header_checksum: str
+
+    @property
+    def sigma_rel(self) -> float | None:
+        """sigma_rel of the average; None for the raw weights."""
+        return self.profile.sigma_rel if isinstance(self.profile, PowerProfile) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, as in the manifest."""
+        return {
+            "file": self.file,
+            "time": self.time,
+            "profile": profile_to_json(self.profile),
+            "dtype": self.dtype,
+            "bytes": self.file_bytes,
+            "header_xxh3": self.header_checksum,
+        }
+
+    @staticmethod
+    def from_json(value: Any) -> SnapshotRecord:
+        """Inverse of `to_json`; raises ValueError with a reason for anything malformed."""
+        if not isinstance(value, dict):
+            raise ValueError("a snapshot row is not a table")
+        file, time = value.get("file"), value.get("time")
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ValueError(
+                f"the file name {file!r} is not one that a store uses (no folders, no other files)"
+            )
+        if type(time) is not int or not 0 < time < 2**63:
+            raise ValueError(f"{file}: the time {time!r} is not a positive integer")
+        dtype, size, digest = value.get("dtype"), value.get("bytes"), value.get("header_xxh3")
+        if dtype not in STORE_DTYPES:
+            raise ValueError(f"{file}: the dtype {dtype!r} is not one that averages are stored in")
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            raise ValueError(f"{file}: its size or checksum is malformed")
+        profile = profile_from_json(value.get("profile"), time)
+        return SnapshotRecord(file, time, profile, dtype, size, digest)
+
+
+def profile_to_json(profile: StoredProfile) -> dict[str, Any]:
+    """JSON form of a profile; its end is the snapshot's time and not repeated."""
+    if isinstance(profile, PointProfile):
+        return {"kind": "point"}
+    return {"kind": "power", "sigma_rel": profile.sigma_rel}
+
+
+def profile_from_json(value: Any, time: int) -> StoredProfile:
+    """Inverse of `profile_to_json`; raises ValueError with a reason for anything malformed."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind == "point":
+        return PointProfile(time)
+    if kind != "power":
+        raise ValueError(f"the profile {value!r} is not of a kind that this version knows")
+    sigma_rel = value.get("sigma_rel")
+    if not isinstance(sigma_rel, int | float) or isinstance(sigma_rel, bool):
+        raise ValueError(f"sigma_rel {sigma_rel!r} is not a number")
+    try:
+        return PowerProfile(time, float(sigma_rel))
+    except (InvalidProfileError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
+def file_name(time: int, profile: StoredProfile) -> str:
+    """Name of the file of an average: unique, because repr of a float is exact."""
+    label = "raw" if isinstance(profile, PointProfile) else f"sigma_rel-{profile.sigma_rel!r}"
+    return f"{time:012d}-{label}.safetensors"
+
+
+def is_snapshot_file_name(name: str) -> bool:
+    """Whether a store could have written a file of this name."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class SnapshotMetadata:
+    """What a snapshot file says about itself, under one key of its safetensors metadata.
+
+    Attributes:
+        run_id: id of the training run.
+        clock: unit of `time`, "steps" or "images".
+        time: training time, exact.
+        profile: which average.
+        dtype: how averaged tensors are stored.
+        table: the model's tensors.
+        widened: averaged tensors kept in float32 because they would overflow `dtype`.
+        checksums: tensor name -> xxh3_64 of its stored bytes, 16 hex digits.
+        user: the run's own string map.
+    """
+
+    run_id: str
+    clock: str
+    time: int
+    profile: StoredProfile
+    dtype: str
+    table: TensorTable
+    widened: tuple[str, ...]
+    checksums: dict[str, str]
+    user: dict[str, str]
+
+    def stored_dtype(self, entry: TensorEntry) -> str:
+        """Name of the dtype in which the file holds `entry`."""
+        if not entry.averaged:
+            return entry.dtype
+        return "float32" if entry.name in self.widened else self.dtype
+
+    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, stored dtype, shape) of every tensor of the file."""
+        return [(e.name, self.stored_dtype(e), e.shape) for e in self.table.entries.values()]
+
+    def to_metadata(self) -> dict[str, str]:
+        """Metadata of the safetensors file; its length does not depend on the checksums' values."""
+        value = {
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "clock": self.clock,
+            "time": self.time,
+            "profile": profile_to_json(self.profile),
+            "dtype": self.dtype,
+            "widened": list(self.widened),
+            "copied": [e.name for e in self.table.entries.values() if not e.averaged],
+            "model_dtypes": {e.name: e.dtype for e in self.table.entries.values() if e.averaged},
+            "aliases": self.table.aliases,
+            "xxh3": "".join(self.checksums[name] for name in self.table.entries),
+        }
+        return {METADATA_KEY: json.dumps(value, separators=(",", ":")), **self.user}

@@ -1,0 +1,627 @@
+"""SnapshotStore: a folder of stored averages that describes itself.
+
+The manifest is the one commit point: a file that it does not list is not part of the store. It is
+replaced atomically after the files that it names are complete and synced, so a reader never sees half a
+snapshot, whatever happens to the writer. One writer at a time holds the lock of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+
+from posthoc_ema.codecs import AnyArray, Float32Array, check_store_dtype, encode, fits
+from posthoc_ema.errors import (
+    ConfigError,
+    SnapshotError,
+    SnapshotFormatError,
+    SnapshotMismatchError,
+    SnapshotNotFoundError,
+    SnapshotWriteError,
+)
+from posthoc_ema.profiles import PointProfile
+from posthoc_ema.snapshot import (
+    CLOCKS,
+    METADATA_KEY,
+    SCHEMA,
+    SnapshotMetadata,
+    SnapshotRecord,
+    StoredProfile,
+    TensorEntry,
+    TensorTable,
+    file_name,
+    is_snapshot_file_name,
+)
+from posthoc_ema.tensor_files import (
+    TEMPORARY_PREFIX,
+    Header,
+    TensorFile,
+    TensorFileWriter,
+    byte_view,
+    checksum,
+    fsync_directory,
+    no_duplicates,
+    read_header,
+    write_json,
+)
+
+MANIFEST = "manifest.json"
+_FORMAT = "posthoc-ema snapshot store"
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class NewAverage:
+    """An average to be stored.
+
+    Attributes:
+        profile: which average; its end must be the snapshot's time.
+        dtype: "float32", "float16" or "bfloat16".
+        read: name -> tensor. Averaged tensors come as float32 arrays, copied ones as the bits of their
+            own dtype (bfloat16 as uint16). Called once or twice per name.
+    """
+
+    profile: StoredProfile
+    dtype: str
+    read: Callable[[str], AnyArray]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that `verify` found: which file, what about it, and what to do."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    run_id: str
+    clock: str
+    table: TensorTable
+    metadata: dict[str, str]
+    records: tuple[SnapshotRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "clock": self.clock,
+            "metadata": self.metadata,
+            **self.table.to_json(),
+            "snapshots": [record.to_json() for record in self.records],
+        }
+
+
+class SnapshotStore:
+    """A folder of stored averages of one run. Make one with `open`, `create` or `resume`.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from posthoc_ema import PowerProfile
+        >>> table = TensorTable({"w": TensorEntry("w", (2,), "float32", True)}, {})
+        >>> folder = tempfile.mkdtemp() + "/snapshots"
+        >>> with SnapshotStore.create(folder, clock="steps", table=table) as store:
+        ...     average = NewAverage(PowerProfile(100, 0.1), "float16", lambda name: np.ones(2, "f4"))
+        ...     _ = store.add(100, [average])
+        >>> SnapshotStore.open(folder).times
+        [100]
+    """
+
+    def __init__(
+        self, folder: Path, manifest: _Manifest, lock: filelock.BaseFileLock | None
+    ) -> None:
+        self.folder = folder
+        self._manifest = manifest
+        self._lock = lock
+
+    # ---- making one
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> SnapshotStore:
+        """Open for reading.
+
+        Args:
+            folder: the store's folder.
+
+        Returns:
+            The store as it is now; averages that are added later are not seen.
+
+        Raises:
+            SnapshotNotFoundError: the folder does not exist or holds no store.
+            SnapshotFormatError: the manifest is damaged, hostile, or of a newer schema.
+        """
+        folder = Path(folder)
+        return cls(folder, _read_manifest(folder), lock=None)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        clock: str,
+        table: TensorTable,
+        run_id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> SnapshotStore:
+        """Start the store of a new run, open for writing.
+
+        Args:
+            folder: a new or empty folder; its parents are made.
+            clock: unit of all times, "steps" or "images".
+            table: the model's tensors.
+            run_id: id of the run; a random one by default.
+            metadata: string map that is carried into every output, for example a configuration.
+
+        Raises:
+            SnapshotMismatchError: the folder already holds a store.
+            SnapshotWriteError: the folder cannot be written.
+            ConfigError: unknown clock, or metadata that is not a string map.
+        """
+        folder = Path(folder)
+        metadata = dict(metadata or {})
+        if clock not in CLOCKS:
+            raise ConfigError(f"clock must be one of {', '.join(CLOCKS)}, got {clock!r}.")
+        if not all(isinstance(text, str) for item in metadata.items() for text in item):
+            raise ConfigError(
+                "metadata must map strings to strings; write other values as JSON text."
+            )
+        if METADATA_KEY in metadata or "format" in metadata:
+            raise ConfigError(
+                f"metadata may not use the keys 'format' and {METADATA_KEY!r}: they are taken."
+            )
+        lock = _lock(folder)
+        try:
+            if (folder / MANIFEST).exists():
+                existing = _read_manifest(folder)
+                raise SnapshotMismatchError(
+                    f"{folder} already holds run {existing.run_id} up to time {_last(existing)}. "
+                    "Continue that run with resume=True (`--resume`), or choose a new folder."
+                )
+            orphans = [p.name for p in folder.iterdir() if is_snapshot_file_name(p.name)]
+            if orphans:
+                raise SnapshotFormatError(
+                    f"{folder} holds {len(orphans)} snapshot files but no {MANIFEST}. Restore the "
+                    "manifest from a copy, or choose a new folder."
+                )
+            store = cls(
+                folder,
+                _Manifest(run_id or secrets.token_hex(8), clock, table, metadata, ()),
+                lock,
+            )
+            store._clean_up()
+            store._commit(())
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        run_id: str,
+        clock: str,
+        table: TensorTable,
+        time: int,
+    ) -> SnapshotStore:
+        """Continue the store of a run from `time`: later snapshots, of a future that is lost, go.
+
+        Args:
+            folder: the store's folder.
+            run_id: id of the run that goes on; must be the store's.
+            clock: must be the store's.
+            table: the model's tensors; must be the store's.
+            time: training time at which the run goes on, >= 0.
+
+        Raises:
+            SnapshotMismatchError: the folder holds another run, clock or model.
+            SnapshotNotFoundError: the folder holds no store.
+            SnapshotFormatError: the manifest is damaged.
+        """
+        folder = Path(folder)
+        _read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
+        lock = _lock(folder)
+        try:
+            store = cls(folder, _read_manifest(folder), lock)
+            store._check_same_run(run_id, clock, table)
+            store._clean_up()
+            store.remove(record for record in store.records if record.time > time)
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Give the folder free for another writer."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- looking
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self._manifest.run_id
+
+    @property
+    def clock(self) -> str:
+        """Unit of the times, "steps" or "images"."""
+        return self._manifest.clock
+
+    @property
+    def table(self) -> TensorTable:
+        """The model's tensors."""
+        return self._manifest.table
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The run's own string map."""
+        return dict(self._manifest.metadata)
+
+    @property
+    def records(self) -> tuple[SnapshotRecord, ...]:
+        """All stored averages, by time."""
+        return self._manifest.records
+
+    @property
+    def times(self) -> list[int]:
+        """Times at which averages are stored (the raw weights alone do not count), rising."""
+        return sorted({r.time for r in self.records if r.sigma_rel is not None})
+
+    @property
+    def sigma_rels(self) -> list[float]:
+        """sigma_rels that are stored, rising."""
+        return sorted({r.sigma_rel for r in self.records if r.sigma_rel is not None})
+
+    def find(self, time: int, profile: StoredProfile) -> SnapshotRecord | None:
+        """The record of one average, or None."""
+        wanted = file_name(time, profile)
+        return next((record for record in self.records if record.file == wanted), None)
+
+    def path(self, record: SnapshotRecord) -> Path:
+        """Where the file of a record is."""
+        return self.folder / record.file
+
+    def header(self, record: SnapshotRecord) -> tuple[Header, dict[str, str]]:
+        """Header of a record's file, checked against the manifest, and the tensors' checksums.
+
+        Raises:
+            SnapshotFormatError: the file is missing, damaged, or not the one that was stored.
+            SnapshotMismatchError: it holds tensors of another model.
+        """
+        path = self.path(record)
+        header = read_header(path)
+        if METADATA_KEY not in header.metadata:
+            raise SnapshotFormatError(
+                f"{path}: a safetensors file, but not a snapshot of this tool. Restore the file that "
+                f"was stored, or remove it and its row from {MANIFEST}."
+            )
+        own = _own_metadata(path, header)
+        if own.get("run_id") != self.run_id:
+            raise SnapshotMismatchError(
+                f"{path}: belongs to run {own.get('run_id')}, the store to run {self.run_id}. "
+                "Snapshots of two runs cannot be combined; restore the file that was stored here."
+            )
+        _check_tensors(path, header, self.table)
+        if header.file_bytes != record.file_bytes or header.checksum != record.header_checksum:
+            raise SnapshotFormatError(
+                f"{path}: differs from the file that was stored (size or header checksum). "
+                "Restore it from a copy, or remove it with its row in the manifest."
+            )
+        digests = own.get("xxh3", "")
+        names = list(self.table.entries)
+        if not isinstance(digests, str) or len(digests) != 16 * len(names):
+            raise SnapshotFormatError(f"{path}: its table of checksums is malformed.")
+        return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
+
+    def verify(self) -> Iterator[Problem]:
+        """Check every byte of every file; yields what is wrong, and goes on after each problem."""
+        listed = set()
+        for record in self.records:
+            listed.add(record.file)
+            try:
+                yield from self._verify_file(record)
+            except SnapshotError as error:
+                yield Problem(record.file, str(error).removeprefix(f"{self.path(record)}: "))
+        for path in sorted(self.folder.iterdir()):
+            if is_snapshot_file_name(path.name) and path.name not in listed:
+                yield Problem(
+                    path.name,
+                    "not listed in the manifest: left by an interrupted run. The next resume of the "
+                    "run removes it.",
+                )
+
+    def _verify_file(self, record: SnapshotRecord) -> Iterator[Problem]:
+        header, digests = self.header(record)
+        with TensorFile(self.path(record), header) as file:
+            for name, info in header.tensors.items():
+                if checksum(byte_view(file.read_bytes(info.start, info.end))) != digests[name]:
+                    yield Problem(
+                        record.file,
+                        f"the data of tensor {name!r} is damaged (checksum). "
+                        "Restore the file from a copy, or remove it with its row in the manifest.",
+                    )
+
+    # ---- changing
+
+    def add(
+        self, time: int, averages: Sequence[NewAverage], replace_raw: bool = True
+    ) -> list[SnapshotRecord]:
+        """Store averages of one time; they appear together or not at all.
+
+        Args:
+            time: training time, exact, > 0.
+            averages: what to store; those that are there already are stored anew.
+            replace_raw: remove raw weights of earlier times once these are in place.
+
+        Returns:
+            The new records.
+
+        Raises:
+            SnapshotWriteError: a file could not be written; the store is as it was.
+            SnapshotMismatchError: a tensor has not the shape of the table.
+        """
+        self._check_writable()
+        new = []
+        try:
+            for average in averages:
+                new.append(self._write(time, average))
+        except BaseException:
+            for record in new:
+                if self.find(time, record.profile) is None:
+                    self.path(record).unlink(missing_ok=True)
+            raise
+        names = {record.file for record in new}
+        has_raw = any(isinstance(average.profile, PointProfile) for average in averages)
+        old_raw = {
+            record.file
+            for record in self.records
+            if replace_raw and has_raw and isinstance(record.profile, PointProfile)
+        }
+        kept = [r for r in self.records if r.file not in names | old_raw]
+        self._commit([*kept, *new])
+        for name in old_raw - names:
+            (self.folder / name).unlink(missing_ok=True)
+        return new
+
+    def remove(self, records: Iterable[SnapshotRecord]) -> None:
+        """Take records out of the manifest, then delete their files."""
+        self._check_writable()
+        names = {record.file for record in records}
+        if not names:
+            return
+        self._commit([record for record in self.records if record.file not in names])
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _check_writable(self) -> None:
+        if self._lock is None or not self._lock.is_locked:
+            raise SnapshotError(
+                f"{self.folder} is open for reading only; open it with SnapshotStore.create or "
+                "SnapshotStore.resume to change it."
+            )
+
+    def _check_same_run(self, run_id: str, clock: str, table: TensorTable) -> None:
+        if run_id != self.run_id:
+            raise SnapshotMismatchError(
+                f"{self.folder} holds run {self.run_id}, the checkpoint belongs to run {run_id}. "
+                "Two runs cannot mix in one folder: give the checkpoint of that run, or choose a new "
+                "folder."
+            )
+        if clock != self.clock:
+            raise SnapshotMismatchError(
+                f"{self.folder} counts time in {self.clock}, the run in {clock}. "
+                f"Continue with clock={self.clock!r}."
+            )
+        difference = table_difference(self.table, table)
+        if difference:
+            raise SnapshotMismatchError(
+                f"{self.folder} was written for another model: {difference}. "
+                "Continue with the same model, or choose a new folder."
+            )
+
+    def _write(self, time: int, average: NewAverage) -> SnapshotRecord:
+        dtype = check_store_dtype(average.dtype)
+        assert average.profile.t == time, (average.profile, time)
+        entries = self.table.entries.values()
+        metadata = SnapshotMetadata(
+            run_id=self.run_id,
+            clock=self.clock,
+            time=time,
+            profile=average.profile,
+            dtype=dtype,
+            table=self.table,
+            widened=tuple(
+                e.name
+                for e in entries
+                if e.averaged and dtype == "float16" and not fits(_read(average, e), dtype)
+            ),
+            checksums=dict.fromkeys(self.table.entries, "0" * 16),
+            user=self.metadata,
+        )
+        path = self.folder / file_name(time, average.profile)
+        with TensorFileWriter(path, metadata.layout(), metadata.to_metadata()) as writer:
+            checksums = {}
+            for entry in entries:
+                values = _read(average, entry)
+                if entry.averaged:
+                    values = encode(values, metadata.stored_dtype(entry))
+                checksums[entry.name] = checksum(byte_view(values))
+                writer.write(entry.name, values)
+            writer.set_metadata(replace(metadata, checksums=checksums).to_metadata())
+        return SnapshotRecord(
+            path.name, time, average.profile, dtype, writer.file_bytes, writer.header_checksum
+        )
+
+    def _commit(self, records: Iterable[SnapshotRecord]) -> None:
+        ordered = tuple(sorted(records, key=lambda r: (r.time, r.sigma_rel or 0.0)))
+        manifest = replace(self._manifest, records=ordered)
+        write_json(self.folder / MANIFEST, manifest.to_json())
+        self._manifest = manifest
+
+    def _clean_up(self) -> None:
+        """Remove what a killed writer left: temporary files and files that no manifest lists."""
+        listed = {record.file for record in self.records}
+        for path in self.folder.iterdir():
+            unlisted = is_snapshot_file_name(path.name) and path.name not in listed
+            if unlisted or path.name.startswith(TEMPORARY_PREFIX):
+                path.unlink(missing_ok=True)
+        fsync_directory(self.folder)
+
+
+def _read(average: NewAverage, entry: TensorEntry) -> Float32Array:
+    values = average.read(entry.name)
+    if values.shape != entry.shape:
+        raise SnapshotMismatchError(
+            f"tensor {entry.name!r} has shape {values.shape}, the store was started with {entry.shape}. "
+            "A store holds one model; choose a new folder for a changed one."
+        )
+    return values
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / _LOCK)
+        # A killed writer's lock is gone with it; the wait is for one that is still winding up.
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except filelock.Timeout:
+        raise SnapshotError(
+            f"{folder} is being written by another process. Stop that run, or choose a new folder."
+        ) from None
+    except OSError as error:
+        raise SnapshotWriteError(
+            f"{folder} cannot be used for snapshots: {error.strerror}. Choose a folder that you may write."
+        ) from error
+    return lock
+
+
+def _last(manifest: _Manifest) -> int:
+    return max((record.time for record in manifest.records), default=0)
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        kind = "is not a folder of snapshots" if folder.exists() else "does not exist"
+        hint = ""
+        if (folder / "snapshots" / MANIFEST).exists():
+            hint = f" Did you mean {folder / 'snapshots'}?"
+        raise SnapshotNotFoundError(
+            f"{folder} {kind}: it has no {MANIFEST}. Give the folder that the tracker wrote to.{hint}"
+        ) from None
+    except OSError as error:
+        raise SnapshotFormatError(f"{path}: cannot be read: {error.strerror}.") from error
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            raise ValueError("it does not say that it is a snapshot store")
+        schema = value.get("schema")
+        if type(schema) is not int:
+            raise ValueError(f"the schema {schema!r} is not a number")
+        if schema > SCHEMA:
+            raise SnapshotFormatError(
+                f"{path}: has schema {schema}, this version reads up to {SCHEMA}. "
+                "Upgrade: pip install --upgrade posthoc-ema."
+            )
+        return _parse_manifest(value)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise SnapshotFormatError(
+            f"{path}: cannot be used: {reason}. The snapshots beside it are untouched; restore the "
+            "manifest from a copy."
+        ) from None
+
+
+def _parse_manifest(value: dict[str, Any]) -> _Manifest:
+    run_id, clock, metadata = value.get("run_id"), value.get("clock"), value.get("metadata", {})
+    if not isinstance(run_id, str) or not run_id:
+        raise ValueError("it has no run id")
+    if clock not in CLOCKS:
+        raise ValueError(f"the clock {clock!r} is not one of {', '.join(CLOCKS)}")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata is not a map of strings")
+    rows = value.get("snapshots")
+    if not isinstance(rows, list):
+        raise ValueError("it lists no snapshots")
+    records = tuple(SnapshotRecord.from_json(row) for row in rows)
+    if len({record.file for record in records}) != len(records):
+        raise ValueError("a file stands in it twice")
+    for record in records:
+        if record.file != file_name(record.time, record.profile):
+            raise ValueError(f"{record.file}: its name and its profile do not agree")
+    return _Manifest(run_id, clock, TensorTable.from_json(value), metadata, records)
+
+
+def _own_metadata(path: Path, header: Header) -> dict[str, Any]:
+    try:
+        own = json.loads(header.metadata[METADATA_KEY])
+        if not isinstance(own, dict) or type(own.get("schema")) is not int:
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise SnapshotFormatError(
+            f"{path}: its own description is damaged. Restore it from a copy, or remove it with its "
+            "row in the manifest."
+        ) from None
+    if own["schema"] > SCHEMA:
+        raise SnapshotFormatError(
+            f"{path}: has schema {own['schema']}, this version reads up to {SCHEMA}. "
+            "Upgrade: pip install --upgrade posthoc-ema."
+        )
+    return own
+
+
+def _check_tensors(path: Path, header: Header, table: TensorTable) -> None:
+    for name, entry in table.entries.items():
+        info = header.tensors.get(name)
+        if info is None:
+            raise SnapshotMismatchError(
+                f"{path}: tensor {name!r} is missing. All snapshots of a store must come from one model."
+            )
+        if info.shape != entry.shape:
+            raise SnapshotMismatchError(
+                f"{path}: tensor {name!r} has shape {info.shape}, the store says {entry.shape}. "
+                "All snapshots of a store must come from one model."
+            )
+    extra = sorted(set(header.tensors) - set(table.entries))
+    if extra:
+        raise SnapshotMismatchError(
+            f"{path}: tensor {extra[0]!r} is not in the store's table. "
+            "All snapshots of a store must come from one model."
+        )
+
+
+def table_difference(stored: TensorTable, given: TensorTable) -> str:
+    """First difference between two tensor tables, in words; empty if there is none."""
+    for name in (*stored.entries, *given.entries):
+        a, b = stored.entries.get(name), given.entries.get(name)
+        if a is None or b is None:
+            return f"tensor {name!r} is only in the {'model' if a is None else 'store'}"
+        if a != b:
+            return f"tensor {name!r} is {_describe(a)} in the store and {_describe(b)} in the model"
+    if stored.aliases != given.aliases:
+        return f"tied names differ: {stored.aliases} in the store, {given.aliases} in the model"
+    return ""
+
+
+def _describe(entry: TensorEntry) -> str:
+    return f"{entry.dtype} {entry.shape} ({'averaged' if entry.averaged else 'copied'})"

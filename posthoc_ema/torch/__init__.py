@@ -1,0 +1,6 @@
+"""The PyTorch side: track averages of a module while any optimizer trains it."""
+
+from posthoc_ema.torch.optimizer_hook import track
+from posthoc_ema.torch.tracker import Tracker
+
+__all__ = ["Tracker", "track"]

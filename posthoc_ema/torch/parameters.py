@@ -1,0 +1,160 @@
+"""From a module to its named tensors, under the names of the bare model's state_dict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from posthoc_ema.codecs import DTYPE_CODES, FLOATING, AnyArray
+from posthoc_ema.errors import TrackingError
+from posthoc_ema.snapshot import TensorEntry, TensorTable
+
+_log = logging.getLogger("posthoc_ema")
+
+
+def _wrapped_attribute(module: nn.Module) -> str | None:
+    """Attribute under which a wrapper holds the module that it wraps; None for ordinary modules.
+
+    Decided by type, not by name: a model may well have a submodule that is called `module`.
+    """
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        return "_orig_mod"
+    return None
+
+
+def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
+    """(prefix as it stands in state_dict, prefix without the wrapper), inner wrappers first."""
+    prefixes = []
+    for path, child in module.named_modules():
+        attribute = _wrapped_attribute(child)
+        if attribute is not None:
+            outer = f"{path}." if path else ""
+            prefixes.append((f"{outer}{attribute}.", outer))
+    return prefixes[::-1]
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers as (name, live tensor), tied ones under every name.
+
+    Names are those of the bare model's `state_dict()`: the prefixes of DistributedDataParallel,
+    DataParallel and torch.compile are taken out.
+
+    Raises:
+        TrackingError: a tensor cannot be tracked (sharded, on the meta device, of a dtype that
+            safetensors lacks).
+    """
+    prefixes = _wrapper_prefixes(module)
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            _log.warning(
+                "%r of the state_dict is no tensor (%s): it is not stored and will be missing when a "
+                "synthesized file is loaded strictly.",
+                name,
+                type(value).__name__,
+            )
+            continue
+        for prefix, replacement in prefixes:
+            if name.startswith(prefix):
+                name = replacement + name[len(prefix) :]
+        _check(name, value)
+        yield name, value
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TrackingError(
+            f"{name!r} is sharded (DTensor); this version tracks whole tensors only. Track before "
+            "sharding, or on a replica."
+        )
+    if tensor.is_meta:
+        raise TrackingError(
+            f"{name!r} is on the meta device and has no values; materialise the model before tracking."
+        )
+    if dtype_name(tensor) not in DTYPE_CODES:
+        raise TrackingError(f"{name!r} has dtype {tensor.dtype}, which safetensors cannot store.")
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Name of the dtype without the `torch.` in front."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_table(module: nn.Module) -> TensorTable:
+    """Tensor table of a module: trainable floating parameters are averaged, all else is copied.
+
+    Raises:
+        TrackingError: nothing is trainable, or a trainable parameter cannot be averaged.
+    """
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in named_tensors(module):
+        if id(tensor) in seen:
+            aliases[name] = seen[id(tensor)]
+            continue
+        seen[id(tensor)] = name
+        averaged = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        dtype = dtype_name(tensor)
+        if averaged and dtype not in FLOATING:
+            raise TrackingError(
+                f"parameter {name!r} has dtype {dtype}; averages are defined for "
+                f"{', '.join(sorted(FLOATING))}."
+            )
+        entries[name] = TensorEntry(name, tuple(tensor.shape), dtype, averaged)
+    if not any(entry.averaged for entry in entries.values()):
+        raise TrackingError(
+            f"{type(module).__name__} has no parameter with requires_grad=True: nothing to average."
+        )
+    return TensorTable(entries, aliases)
+
+
+def to_numpy(tensor: torch.Tensor) -> AnyArray:
+    """Bits of a tensor as a NumPy array; bfloat16 and float8 as unsigned integers of their size."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    if dtype_name(tensor).startswith("float8"):
+        return tensor.view(torch.uint8).numpy()
+    return tensor.numpy()
+
+
+def live(module: nn.Module, table: TensorTable) -> dict[str, torch.Tensor]:
+    """The module's tensors by name, checked against the table that tracking started with.
+
+    Raises:
+        TrackingError: tensors were added, removed, reshaped, cast, frozen or unfrozen since.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in named_tensors(module):
+        if name in table.aliases:
+            continue
+        entry = table.entries.get(name)
+        if entry is None:
+            raise TrackingError(_changed(f"{name!r} is new"))
+        averaged = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        now = TensorEntry(name, tuple(tensor.shape), dtype_name(tensor), averaged)
+        if now != entry:
+            raise TrackingError(_changed(f"{name!r} was {_words(entry)} and is {_words(now)}"))
+        found[name] = tensor
+    missing = next((name for name in table.entries if name not in found), None)
+    if missing is not None:
+        raise TrackingError(_changed(f"{missing!r} is gone"))
+    return found
+
+
+def _changed(what: str) -> str:
+    return (
+        f"the model changed while it was tracked: {what}. Build the model as it will be trained before "
+        "the tracker, or start a new tracker with a new folder."
+    )
+
+
+def _words(entry: TensorEntry) -> Any:
+    return f"{entry.dtype} {entry.shape}, {'trainable' if entry.averaged else 'not trainable'}"

@@ -1,0 +1,468 @@
+"""Tracker: several power-function averages of a module at once, and snapshots of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from posthoc_ema.codecs import AnyArray, check_store_dtype
+from posthoc_ema.errors import (
+    ConfigError,
+    SnapshotMismatchError,
+    SnapshotWriteError,
+    TrackingError,
+)
+from posthoc_ema.profiles import (
+    PointProfile,
+    PowerProfile,
+    gamma_from_sigma_rel,
+    power_update_weight,
+)
+from posthoc_ema.snapshot import CLOCKS, SnapshotRecord
+from posthoc_ema.store import MANIFEST, NewAverage, SnapshotStore
+from posthoc_ema.torch.averaging import new_stack, update_stack, weight_columns
+from posthoc_ema.torch.parameters import live, tensor_table, to_numpy
+
+_log = logging.getLogger("posthoc_ema")
+_STATE_SCHEMA = 1
+
+
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
+
+
+class Tracker:
+    """Tracks power-function averages of a module's parameters and stores snapshots of them.
+
+    Call `step` once after each optimizer step (`track` does it by a hook). The averages are float32
+    whatever the model's dtype, live on the parameters' devices, and are exact for any update interval
+    and batch size, because each update knows the true time since the last one. Training is never
+    touched: no weights are swapped, no values are copied to the host between snapshots.
+
+    Args:
+        model: the module that is trained; wrappers (DistributedDataParallel, torch.compile) are fine.
+        folder: where the snapshots go, see `SnapshotStore`.
+        sigma_rels: relative lengths to track, in (0, 0.2887]. (0.05, 0.10) is the paper's choice.
+        every: store a snapshot whenever training time passes a multiple of this, in clock units; None
+            stores only when `snapshot` is called.
+        clock: unit of time, "steps" or "images" (or any other samples).
+        samples_per_step: with clock="images", images per optimizer step. `advance` overrides it.
+        update_every: update the averages on every n-th step only. The profile stays as asked, at the
+            resolution of n steps; before a snapshot they are always brought up to date.
+        dtype: how averages are stored: "float16" (default), "float32" or "bfloat16".
+        raw: keep the raw weights of the "last" snapshot (default), of "all", or of "none".
+        resume: continue the store that is in the folder, if there is one. Without it a folder that
+            holds a store is refused.
+        run_id: id of a new run; random by default.
+        metadata: string map that goes into every file, for example a configuration.
+        on_error: "warn" logs an error inside the tracker once and lets training go on; "raise" raises.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        InvalidProfileError: a sigma_rel lies outside the family.
+        SnapshotMismatchError: the folder already holds a store and resume is False.
+        TrackingError: the model has nothing to average.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> tracker = Tracker(model, tempfile.mkdtemp() + "/snapshots", every=2)
+        >>> for _ in range(4):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     _ = optimizer.step()
+        ...     tracker.step()
+        >>> tracker.store.times
+        [2, 4]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        every: int | None,
+        clock: Literal["steps", "images"] = "steps",
+        samples_per_step: int | None = None,
+        update_every: int = 1,
+        dtype: str = "float16",
+        raw: Literal["last", "all", "none"] = "last",
+        resume: bool = False,
+        run_id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        _positive("every", every)
+        _positive("samples_per_step", samples_per_step)
+        _positive("update_every", update_every)
+        if clock not in CLOCKS:
+            raise ConfigError(f"clock must be one of {', '.join(CLOCKS)}, got {clock!r}.")
+        if clock == "steps" and samples_per_step is not None:
+            raise ConfigError(
+                "samples_per_step needs clock='images'; a step counts as 1 otherwise."
+            )
+        if raw not in ("last", "all", "none"):
+            raise ConfigError(f"raw must be last, all or none, got {raw!r}.")
+        if on_error not in ("warn", "raise"):
+            raise ConfigError(f"on_error must be warn or raise, got {on_error!r}.")
+        if not sigma_rels or len(set(sigma_rels)) != len(sigma_rels):
+            raise ConfigError(
+                f"sigma_rels must be one or more different lengths, got {sigma_rels!r}."
+            )
+        self._sigma_rels = tuple(float(s) for s in sigma_rels)
+        self._gammas = gamma_from_sigma_rel(self._sigma_rels)
+        self._model = model
+        self._folder = Path(folder)
+        self._every = every
+        self._clock = clock
+        self._samples_per_step = 1 if clock == "steps" else samples_per_step
+        self._update_every = update_every
+        self._dtype = check_store_dtype(dtype)
+        self._raw = raw
+        self._run_id = run_id
+        self._metadata = dict(metadata or {})
+        self._on_error = on_error
+        self._table = tensor_table(model)
+        self._averages: dict[str, torch.Tensor] = {}
+        self._time = self._last_update = self._steps = self._pending = 0
+        self._store: SnapshotStore | None = None
+        self._stopped = False
+        self._detach: Callable[[], None] = lambda: None
+        self._folder_is_taken = (self._folder / MANIFEST).exists()
+        if self._folder_is_taken and not resume:
+            held = SnapshotStore.open(self._folder)
+            raise SnapshotMismatchError(
+                f"{self._folder} already holds run {held.run_id} up to time "
+                f"{max(held.times, default=0)}. To continue that run pass resume=True and load the "
+                "tracker's state; for a new run choose a new folder."
+            )
+
+    # ---- looking
+
+    @property
+    def time(self) -> int:
+        """Training time so far, in clock units."""
+        return self._time
+
+    @property
+    def sigma_rels(self) -> tuple[float, ...]:
+        """Relative lengths that are tracked."""
+        return self._sigma_rels
+
+    @property
+    def store(self) -> SnapshotStore:
+        """The store that snapshots go to; made when it is first needed."""
+        return self._open_store()
+
+    def averages(self, sigma_rel: float) -> dict[str, torch.Tensor]:
+        """The tracked averages of one length as they are now: name -> float32 tensor, not a copy.
+
+        Raises:
+            TrackingError: `sigma_rel` is not tracked, or nothing has been averaged yet.
+        """
+        if sigma_rel not in self._sigma_rels or not self._averages:
+            raise TrackingError(
+                f"sigma_rel {sigma_rel!r} has no average now: tracked are {self._sigma_rels}, from the "
+                "first step on. Other lengths: posthoc_ema.synthesize."
+            )
+        index = self._sigma_rels.index(sigma_rel)
+        return {name: stack[index] for name, stack in self._averages.items()}
+
+    # ---- tracking
+
+    def advance(self, samples: int) -> None:
+        """Say how many samples the coming step takes, when that varies; adds up until the step.
+
+        Call it once per micro-batch: gradient accumulation then counts by itself.
+
+        Args:
+            samples: clock units, >= 1.
+        """
+        _positive("samples", samples)
+        self._pending += samples
+
+    def step(self) -> None:
+        """Count one optimizer step: advance the clock, update the averages, store a snapshot if due.
+
+        Raises:
+            TrackingError: on the first step of a folder that already holds a store, if no state was
+                loaded; or, with on_error="raise", for anything that goes wrong later.
+        """
+        if self._stopped:
+            return
+        if self._steps == 0 and self._store is None:
+            self._begin()
+        self._guarded(self._step)
+
+    def snapshot(self) -> list[SnapshotRecord]:
+        """Store the averages as of now; nothing happens if this time is stored already.
+
+        Returns:
+            The new records; empty if there are none.
+        """
+        if self._time == 0:
+            raise TrackingError(
+                "a snapshot needs at least one step; time 0 never enters an average."
+            )
+        records: list[SnapshotRecord] = []
+        self._guarded(lambda: records.extend(self._snapshot()))
+        return records
+
+    def _begin(self) -> None:
+        if self._clock == "images" and self._samples_per_step is None and not self._pending:
+            raise TrackingError(
+                "clock='images' needs to know the batch size: pass samples_per_step=N, or call "
+                "tracker.advance(len(batch)) before each step."
+            )
+        if self._folder_is_taken:
+            raise TrackingError(
+                f"{self._folder} holds snapshots, but training starts at time 0. Load the state that "
+                "belongs to them (tracker.load_state_dict), or discard them (tracker.restart())."
+            )
+        self._open_store()
+
+    def _step(self) -> None:
+        before = self._time
+        elapsed = self._pending or self._samples_per_step
+        if elapsed is None:
+            raise TrackingError(
+                "this step's number of samples is unknown: call tracker.advance(n) before it."
+            )
+        self._time += elapsed
+        self._pending = 0
+        self._steps += 1
+        if self._steps % self._update_every == 0:
+            self._update()
+        if self._every is not None and self._time // self._every > before // self._every:
+            self._snapshot()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Bring the averages to the present time (EDM2, eq. 127)."""
+        if self._last_update == self._time:
+            return
+        parameters = self._parameters()
+        if not self._averages:
+            self._averages = {
+                name: new_stack(parameter, len(self._sigma_rels))
+                for name, parameter in parameters.items()
+            }
+        elapsed = self._time - self._last_update
+        weights = power_update_weight(self._gammas, self._time, elapsed).tolist()
+        devices = list(dict.fromkeys(stack.device for stack in self._averages.values()))
+        columns = weight_columns(weights, devices)
+        for name, parameter in parameters.items():
+            stack = self._averages[name]
+            if stack.device != parameter.device:
+                self._averages[name] = stack = stack.to(parameter.device)
+                columns |= weight_columns(weights, [parameter.device])
+            update_stack(stack, parameter, columns[stack.device])
+        self._last_update = self._time
+
+    @functools.cached_property
+    def _slots(self) -> list[tuple[str, nn.Module, str]]:
+        """(name, owning module, attribute) of each averaged parameter.
+
+        Looking parameters up by attribute at each update follows re-assignment (`.to`,
+        `load_state_dict(assign=True)`) at a fraction of the cost of a state_dict.
+        """
+        by_id = {id(p): (m, key) for m in self._model.modules() for key, p in m._parameters.items()}
+        tensors = live(self._model, self._table)
+        return [
+            (name, *by_id[id(tensors[name])])
+            for name, entry in self._table.entries.items()
+            if entry.averaged
+        ]
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        parameters: dict[str, torch.Tensor] = {}
+        for name, owner, key in self._slots:
+            parameter = owner._parameters.get(key)
+            if parameter is None or tuple(parameter.shape) != self._table.entries[name].shape:
+                raise TrackingError(
+                    f"parameter {name!r} was removed or reshaped while it was tracked. Start a new "
+                    "tracker with a new folder for the changed model."
+                )
+            parameters[name] = parameter
+        return parameters
+
+    # ---- snapshots
+
+    @torch.no_grad()
+    def _snapshot(self) -> list[SnapshotRecord]:
+        store = self._open_store()
+        profiles = [PowerProfile(self._time, s) for s in self._sigma_rels]
+        if all(store.find(self._time, profile) for profile in profiles):
+            return []
+        self._update()
+        tensors = live(self._model, self._table)
+        averages = [
+            NewAverage(profile, self._dtype, functools.partial(self._read, tensors, index))
+            for index, profile in enumerate(profiles)
+        ]
+        if self._raw != "none":
+            read_raw = functools.partial(self._read, tensors, None)
+            averages.append(NewAverage(PointProfile(self._time), self._dtype, read_raw))
+        return store.add(self._time, averages, replace_raw=self._raw == "last")
+
+    def _read(self, tensors: dict[str, torch.Tensor], index: int | None, name: str) -> AnyArray:
+        """Tensor `name` of average `index` (None: the raw weights) for the store."""
+        tensor = tensors[name]
+        if not self._table.entries[name].averaged:
+            return to_numpy(tensor)
+        return to_numpy(tensor.float() if index is None else self._averages[name][index])
+
+    def _open_store(self) -> SnapshotStore:
+        if self._store is None:
+            self._store = SnapshotStore.create(
+                self._folder,
+                clock=self._clock,
+                table=self._table,
+                run_id=self._run_id,
+                metadata=self._metadata,
+            )
+            self._run_id = self._store.run_id
+        return self._store
+
+    # ---- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs; the tensors are the live ones, not copies.
+
+        Returns:
+            A dict of plain numbers and strings, and under "averages" name -> float32 tensor of shape
+            (num_profiles, *shape). Fit for `torch.save` (it loads with weights_only=True).
+        """
+        return {
+            "schema": _STATE_SCHEMA,
+            "run_id": self._open_store().run_id,
+            "clock": self._clock,
+            "time": self._time,
+            "last_update": self._last_update,
+            "steps": self._steps,
+            "sigma_rels": list(self._sigma_rels),
+            "averages": dict(self._averages),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, bit for bit; later snapshots in the store are removed.
+
+        Load the model's weights first or afterwards, in any order.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            TrackingError: the state does not fit this tracker; the message names the difference.
+            SnapshotMismatchError: the folder holds another run or model.
+        """
+        self._check_state(state)
+        time = int(state["time"])
+        if (self._folder / MANIFEST).exists():
+            if self._store is not None:
+                self._store.close()
+            self._store = SnapshotStore.resume(
+                self._folder,
+                run_id=state["run_id"],
+                clock=self._clock,
+                table=self._table,
+                time=time,
+            )
+        else:
+            self._run_id = state["run_id"]
+            if time:
+                _log.warning(
+                    "%s holds no snapshots of run %s: averages are synthesized from those that are "
+                    "stored from time %d on.",
+                    self._folder,
+                    self._run_id,
+                    time,
+                )
+            self._open_store()
+        self._folder_is_taken = False
+        self._run_id = state["run_id"]
+        self._time, self._last_update = time, int(state["last_update"])
+        self._steps, self._pending = int(state["steps"]), 0
+        devices = {name: p.device for name, p in self._parameters().items()}
+        self._averages = {
+            name: tensor.detach().to(device=devices[name], dtype=torch.float32, copy=True)
+            for name, tensor in state["averages"].items()
+        }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("schema") != _STATE_SCHEMA:
+            raise TrackingError(
+                f"the tracker's state has schema {state.get('schema')!r}, this version reads "
+                f"{_STATE_SCHEMA}. Load it with the version that saved it."
+            )
+        for key, mine in (("sigma_rels", list(self._sigma_rels)), ("clock", self._clock)):
+            if state[key] != mine:
+                raise TrackingError(
+                    f"{key} of the saved state is {state[key]}, this tracker has {mine}. A run keeps "
+                    "what it started with; for other values start a new run in a new folder."
+                )
+        shapes = {
+            e.name: (len(self._sigma_rels), *e.shape)
+            for e in self._table.entries.values()
+            if e.averaged
+        }
+        given = {name: tuple(tensor.shape) for name, tensor in state["averages"].items()}
+        if given and given != shapes:
+            name = next(n for n in (*shapes, *given) if shapes.get(n) != given.get(n))
+            raise TrackingError(
+                f"average {name!r} has shape {given.get(name)} in the saved state and needs "
+                f"{shapes.get(name)}. The state belongs to another model."
+            )
+
+    def restart(self) -> None:
+        """Discard what the folder holds of this run and begin at time 0, under the same run id."""
+        if (self._folder / MANIFEST).exists():
+            if self._store is not None:
+                self._store.close()
+            held = SnapshotStore.open(self._folder)
+            self._store = SnapshotStore.resume(
+                self._folder, run_id=held.run_id, clock=self._clock, table=self._table, time=0
+            )
+            self._run_id = held.run_id
+        self._folder_is_taken = False
+        self._averages = {}
+        self._time = self._last_update = self._steps = self._pending = 0
+
+    # ---- ending
+
+    def close(self) -> None:
+        """Stop tracking: take the hook off the optimizer and give the folder free."""
+        self._detach()
+        self._detach = lambda: None
+        self._stopped = True
+        if self._store is not None:
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Run `action`; with on_error="warn", an error is logged and training goes on."""
+        try:
+            action()
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            if isinstance(error, SnapshotWriteError):
+                _log.error("snapshot at time %d not stored: %s", self._time, error)
+                return  # the averages are whole; the next snapshot may succeed
+            self._stopped = True
+            _log.exception("tracking stopped at time %d, training goes on: %s", self._time, error)

@@ -16,6 +16,14 @@ from posthoc_ema.errors import InvalidProfileError
 from posthoc_ema.profiles import FloatArray, power_update_weight
 
 
+def _check_times(times: Sequence[float]) -> None:
+    if not len(times) or not np.all(np.diff(np.asarray(times, dtype=np.float64), prepend=0.0) > 0):
+        raise InvalidProfileError(
+            f"times must be positive and strictly increasing, got {list(times)[:8]}. "
+            "They are the training times after each update, one per update."
+        )
+
+
 def power_average(values: npt.ArrayLike, times: Sequence[float], gamma: float) -> FloatArray:
     """Power-function average of a piecewise constant trajectory, by the tracking recurrence.
 
@@ -35,7 +43,8 @@ def power_average(values: npt.ArrayLike, times: Sequence[float], gamma: float) -
         2.0
     """
     values = np.asarray(values, dtype=np.float64)
-    if len(values) != len(times) or not len(times):
+    _check_times(times)
+    if len(values) != len(times):
         raise InvalidProfileError(
             f"one time per value is needed, got {len(values)} values and {len(times)} times."
         )
@@ -57,9 +66,13 @@ def power_step_weights(times: Sequence[float], gamma: float) -> FloatArray:
     Returns:
         Weights, float64, shape (num_updates,); they sum to one.
 
+    Raises:
+        InvalidProfileError: times are empty, do not increase, or are not positive.
+
     Example:
         >>> power_step_weights([1, 2], gamma=1.0).tolist()
         [0.25, 0.75]
     """
+    _check_times(times)
     ratio = np.asarray(times, dtype=np.float64) / times[-1]
     return np.diff(ratio ** (gamma + 1), prepend=0.0)

@@ -67,11 +67,10 @@ def fits(values: Float32Array, dtype: str) -> bool:
     """Whether `values` survive `dtype` without overflow. Only float16 has a small range (65504)."""
     if dtype != "float16" or values.size == 0:
         return True
-    low, high = float(values.min()), float(values.max())
-    # Infinities and nan stay what they are in any dtype; the finite neighbours decide.
-    return not any(np.isfinite(v) and abs(v) > _FLOAT16_MAX for v in (low, high)) and not (
-        np.isinf(low) or np.isinf(high)
-    )
+    # fmin and fmax pass over nan, which any dtype can hold. Infinities hide how large their finite
+    # neighbours are, so a tensor with one is kept in float32.
+    low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)
+    return not max(-float(low), float(high)) > _FLOAT16_MAX
 
 
 def encode(values: AnyArray, dtype: str) -> AnyArray:
@@ -90,14 +89,15 @@ def encode(values: AnyArray, dtype: str) -> AnyArray:
     """
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):  # callers ask `fits` first where overflow matters
-            return np.ascontiguousarray(values, dtype=storage_dtype(dtype))
+            # asarray and not ascontiguousarray, which would turn a scalar into one element
+            return np.asarray(values, dtype=storage_dtype(dtype), order="C")
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(
         16
     )
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.where(is_nan, quiet_nan, rounded).astype("<u2")
+    return np.where(is_nan, quiet_nan, rounded).astype("<u2").reshape(np.shape(values))
 
 
 def decode(stored: AnyArray, dtype: str, out: Float32Array | None = None) -> Float32Array:

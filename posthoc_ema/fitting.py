@@ -84,7 +84,12 @@ def fit(
         )
     if norm not in get_args(FitNorm):
         raise ConfigError(f"norm must be one of {', '.join(get_args(FitNorm))}, got {norm!r}.")
-    noise = np.broadcast_to(np.asarray(noise, dtype=np.float64), (len(inputs),))
+    noise = np.asarray(noise, dtype=np.float64)
+    if noise.shape not in ((), (len(inputs),)):
+        raise ConfigError(
+            f"noise must be one number or one per input ({len(inputs)}), got shape {noise.shape}."
+        )
+    noise = np.broadcast_to(noise, (len(inputs),))
     if not np.all((noise >= 0) & np.isfinite(noise)):
         raise ConfigError(f"noise must be finite and >= 0, got {noise.min():g}. It is a variance.")
     if norm == "published" and noise.any():
@@ -189,4 +194,10 @@ def _solve(gram: FloatArray, products: FloatArray) -> FloatArray:
 def _solve_free(gram: FloatArray, products: FloatArray) -> FloatArray:
     """Unconstrained minimum, divided by its sum: what EDM2's released tool does."""
     x = _Factor(gram).solve(products)
-    return x / x.sum(axis=0)
+    total = x.sum(axis=0)
+    if not np.all(np.abs(total) > 1e-200):
+        raise SynthesisError(
+            "norm='published' cannot make a target that has no share in the time of the inputs: its "
+            "free coefficients are all 0. Use norm='random-walk' or 'density'."
+        )
+    return x / total

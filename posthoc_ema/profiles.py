@@ -12,6 +12,7 @@ Dynamics of Diffusion Models" (EDM2), arXiv 2312.02696 v2, section 3.1 and appen
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,7 +28,8 @@ SIGMA_REL_MAX: float = 1 / math.sqrt(12)
 
 
 def _check_sigma_rel(sigma_rel: FloatArray) -> None:
-    bad = ~((sigma_rel > 0) & (sigma_rel <= SIGMA_REL_MAX))  # written so that nan is bad
+    # Written so that nan is bad. Subnormal numbers, whose inverse is not finite, count as 0.
+    bad = ~((sigma_rel >= sys.float_info.min) & (sigma_rel <= SIGMA_REL_MAX))
     if bad.any():
         raise InvalidProfileError(
             f"sigma_rel must lie in (0, {SIGMA_REL_MAX:.4f}], got {sigma_rel[bad].flat[0]:g}. "
@@ -57,18 +59,22 @@ def gamma_from_sigma_rel(sigma_rel: npt.ArrayLike) -> FloatArray:
     """
     sigma_rel = np.asarray(sigma_rel, dtype=np.float64)
     _check_sigma_rel(sigma_rel)
-    s = sigma_rel**-2.0
+    # Below 1e-9 the cubes would overflow, and 1/sigma_rel - 3 is exact to the last digit.
+    tiny = sigma_rel < 1e-9
+    wide = np.where(tiny, 1e-9, sigma_rel)
+    s = wide**-2.0
     # f(g) = g^3 + 7 g^2 + (16 - s) g + (12 - s) is convex for g >= 0, and 1/sigma_rel lies to the
     # right of the root, so Newton's method falls onto the root without ever passing it. It converges
-    # quadratically; 60 steps also cover the slow start from 1/sigma_rel = 1e12.
-    gamma = 1 / sigma_rel
+    # quadratically; 60 steps are plenty.
+    gamma = 1 / wide
     for _ in range(60):
         f = ((gamma + 7) * gamma + (16 - s)) * gamma + (12 - s)
         step = f / ((3 * gamma + 14) * gamma + (16 - s))
         gamma = gamma - step
         if np.all(np.abs(step) <= 1e-17 + 1e-16 * np.abs(gamma)):
             break
-    return np.maximum(gamma, 0.0)  # 1/sqrt(12) is not a double: its root is 0 up to one rounding
+    # 1/sqrt(12) is not a double: its root is 0 up to one rounding.
+    return np.where(tiny, 1 / sigma_rel - 3, np.maximum(gamma, 0.0))
 
 
 def sigma_rel_from_gamma(gamma: npt.ArrayLike) -> FloatArray:
@@ -88,17 +94,22 @@ def sigma_rel_from_gamma(gamma: npt.ArrayLike) -> FloatArray:
         0.05
     """
     gamma = np.asarray(gamma, dtype=np.float64)
+    _check_gamma(gamma)
+    return np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def _check_gamma(gamma: FloatArray) -> None:
     bad = ~((gamma >= 0) & np.isfinite(gamma))
     if bad.any():
         raise InvalidProfileError(
             f"gamma must be finite and >= 0, got {gamma[bad].flat[0]:g}. "
             "Ask by sigma_rel instead: gamma_from_sigma_rel(0.1) is 6.94."
         )
-    return np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def _log_beta(gamma: npt.ArrayLike, t: npt.ArrayLike, dt: npt.ArrayLike) -> FloatArray:
     gamma, t, dt = (np.asarray(v, dtype=np.float64) for v in (gamma, t, dt))
+    _check_gamma(gamma)
     bad = ~((dt > 0) & (dt <= t) & np.isfinite(t))
     if bad.any():
         raise InvalidProfileError(
@@ -126,7 +137,7 @@ def power_beta(gamma: npt.ArrayLike, t: npt.ArrayLike, dt: npt.ArrayLike) -> Flo
         beta in [0, 1), float64, broadcast shape.
 
     Raises:
-        InvalidProfileError: dt <= 0 or dt > t.
+        InvalidProfileError: dt <= 0 or dt > t, or gamma is negative or not finite.
 
     Example:
         >>> float(power_beta(1.0, t=4, dt=1))
@@ -150,7 +161,7 @@ def power_update_weight(gamma: npt.ArrayLike, t: npt.ArrayLike, dt: npt.ArrayLik
         1 - beta in (0, 1], float64, broadcast shape.
 
     Raises:
-        InvalidProfileError: dt <= 0 or dt > t.
+        InvalidProfileError: dt <= 0 or dt > t, or gamma is negative or not finite.
 
     Example:
         >>> float(power_update_weight(6.9, t=10, dt=10))

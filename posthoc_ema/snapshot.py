@@ -155,7 +155,7 @@ def profile_to_json(profile: StoredProfile) -> dict[str, Any]:
     """JSON form of a profile; its end is the snapshot's time and not repeated."""
     if isinstance(profile, PointProfile):
         return {"kind": "point"}
-    return {"kind": "power", "sigma_rel": profile.sigma_rel}
+    return {"kind": "power", "sigma_rel": float(profile.sigma_rel)}
 
 
 def profile_from_json(value: Any, time: int) -> StoredProfile:
@@ -176,7 +176,10 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
 
 def file_name(time: int, profile: StoredProfile) -> str:
     """Name of the file of an average: unique, because repr of a float is exact."""
-    label = "raw" if isinstance(profile, PointProfile) else f"sigma_rel-{profile.sigma_rel!r}"
+    if isinstance(profile, PointProfile):
+        label = "raw"
+    else:
+        label = f"sigma_rel-{float(profile.sigma_rel)!r}"  # the repr of a NumPy scalar is no number
     return f"{time:012d}-{label}.safetensors"
 
 

@@ -8,6 +8,7 @@ snapshot, whatever happens to the writer. One writer at a time holds the lock of
 from __future__ import annotations
 
 import json
+import operator
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,13 +41,13 @@ from posthoc_ema.snapshot import (
     is_snapshot_file_name,
 )
 from posthoc_ema.tensor_files import (
-    TEMPORARY_PREFIX,
     Header,
     TensorFile,
     TensorFileWriter,
     byte_view,
     checksum,
     fsync_directory,
+    is_temporary_name,
     no_duplicates,
     read_header,
     write_json,
@@ -368,7 +369,7 @@ class SnapshotStore:
 
         Args:
             time: training time, exact, > 0.
-            averages: what to store; those that are there already are stored anew.
+            averages: what to store; those that are there already stay as they are.
             replace_raw: remove raw weights of earlier times once these are in place.
 
         Returns:
@@ -376,28 +377,32 @@ class SnapshotStore:
 
         Raises:
             SnapshotWriteError: a file could not be written; the store is as it was.
-            SnapshotMismatchError: a tensor has not the shape of the table.
+            SnapshotMismatchError: a tensor has not the shape of the table, or an average does not end
+                at `time`.
         """
         self._check_writable()
-        new = []
-        try:
-            for average in averages:
-                new.append(self._write(time, average))
-        except BaseException:
-            for record in new:
-                if self.find(time, record.profile) is None:
-                    self.path(record).unlink(missing_ok=True)
-            raise
-        names = {record.file for record in new}
+        time = _check_time(time, averages)
+        # A file that the manifest lists is never replaced: between its renaming and the manifest's a
+        # kill would leave the two contradicting each other.
+        averages = [a for a in averages if self.find(time, a.profile) is None]
+        new: list[SnapshotRecord] = []
         has_raw = any(isinstance(average.profile, PointProfile) for average in averages)
         old_raw = {
             record.file
             for record in self.records
             if replace_raw and has_raw and isinstance(record.profile, PointProfile)
         }
-        kept = [r for r in self.records if r.file not in names | old_raw]
-        self._commit([*kept, *new])
-        for name in old_raw - names:
+        try:
+            for average in averages:
+                new.append(self._write(time, average))
+            if new:
+                self._commit([*(r for r in self.records if r.file not in old_raw), *new])
+        except BaseException:
+            for record in new:
+                if self.find(time, record.profile) is None:
+                    self.path(record).unlink(missing_ok=True)
+            raise
+        for name in old_raw:
             (self.folder / name).unlink(missing_ok=True)
         return new
 
@@ -439,7 +444,6 @@ class SnapshotStore:
 
     def _write(self, time: int, average: NewAverage) -> SnapshotRecord:
         dtype = check_store_dtype(average.dtype)
-        assert average.profile.t == time, (average.profile, time)
         entries = self.table.entries.values()
         metadata = SnapshotMetadata(
             run_id=self.run_id,
@@ -481,9 +485,26 @@ class SnapshotStore:
         listed = {record.file for record in self.records}
         for path in self.folder.iterdir():
             unlisted = is_snapshot_file_name(path.name) and path.name not in listed
-            if unlisted or path.name.startswith(TEMPORARY_PREFIX):
+            if unlisted or is_temporary_name(path.name):
                 path.unlink(missing_ok=True)
         fsync_directory(self.folder)
+
+
+def _check_time(time: int, averages: Sequence[NewAverage]) -> int:
+    try:
+        time = operator.index(
+            time
+        )  # NumPy integers too; never a float, whose large values are gaps
+    except TypeError:
+        raise ConfigError(f"time must be a whole number, got {time!r}.") from None
+    if not 0 < time < 2**63:
+        raise ConfigError(f"time must be positive and below 2^63, got {time}.")
+    for average in averages:
+        if average.profile.t != time:
+            raise SnapshotMismatchError(
+                f"the average {average.profile} does not end at time {time}. Store it under its own."
+            )
+    return time
 
 
 def _read(average: NewAverage, entry: TensorEntry) -> Float32Array:

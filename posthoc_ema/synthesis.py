@@ -202,8 +202,8 @@ def synthesize(
     """
     if not isinstance(store, SnapshotStore):
         store = SnapshotStore.open(store)
-    single = isinstance(sigma_rel, int | float)
-    sigma_rels = [float(sigma_rel)] if isinstance(sigma_rel, int | float) else list(sigma_rel)
+    single = np.ndim(sigma_rel) == 0
+    sigma_rels: list[float] = np.atleast_1d(np.asarray(sigma_rel, dtype=np.float64)).tolist()
     plan = plan_synthesis(store, sigma_rels, at=at, norm=norm, noise=noise)
     results: list[dict[str, AnyArray]] = [{} for _ in sigma_rels]
     entries = store.table.entries
@@ -361,6 +361,7 @@ def combine(store: SnapshotStore, plan: SynthesisPlan) -> Iterator[Block]:
     sources = [_Source.open(store, record) for record in plan.inputs]
     sizes = {e.name: _size(e.shape) for e in store.table.entries.values() if e.averaged}
     weights = np.ascontiguousarray(plan.coefficients.T, dtype=np.float32)
+    raw_targets = [i for i, s in enumerate(plan.sigma_rels) if s == RAW]
     workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         for tile in _tiles(sizes):
@@ -370,7 +371,11 @@ def combine(store: SnapshotStore, plan: SynthesisPlan) -> Iterator[Block]:
                 group = sources[first : first + _GROUP]
                 values = np.empty((len(group), length), dtype=np.float32)
                 list(pool.map(_Source.read, group, [tile] * len(group), values))
-                total += weights[:, first : first + len(group)] @ values
+                with np.errstate(over="ignore", invalid="ignore"):  # inf and nan of the inputs
+                    total += weights[:, first : first + len(group)] @ values
+            # The raw weights are the last input. Copied, because 0 times an average that holds inf or
+            # nan is nan.
+            total[raw_targets] = values[-1]
             for piece in tile:
                 span = slice(piece.position, piece.position + piece.stop - piece.start)
                 yield Block(piece.name, piece.start, total[:, span])

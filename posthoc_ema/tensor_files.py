@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from posthoc_ema.codecs import DTYPE_CODES, DTYPE_NAMES, AnyArray, storage_dtype
 from posthoc_ema.errors import SnapshotFormatError, SnapshotWriteError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
-TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 raise _bad(path, f"its {file_bytes} bytes do not hold the header that it announces")
             raw = file.read(length)
     except FileNotFoundError:
-        raise SnapshotFormatError(f"{path}: the file is missing.") from None
+        raise SnapshotFormatError(
+            f"{path}: the file is missing. Restore it from a copy, or check the path."
+        ) from None
     except OSError as error:
-        raise SnapshotFormatError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise SnapshotFormatError(
+            f"{path}: cannot be read: {error.strerror}. Check the path and its permissions."
+        ) from error
     try:
         # RecursionError: JSON nested thousands deep. ValueError covers bad UTF-8 and bad JSON.
         entries = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
@@ -225,6 +230,11 @@ def fsync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_temporary_name(name: str) -> bool:
+    """Whether `atomic_write` could have made a temporary file of this name."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[int]:
     """Give a descriptor to write to; the file appears under its name complete and synced, or not at all.
@@ -232,7 +242,7 @@ def atomic_write(path: Path) -> Iterator[int]:
     Raises:
         SnapshotWriteError: writing failed (disk full, no permission); nothing is left behind.
     """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:

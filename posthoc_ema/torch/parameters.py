@@ -77,6 +77,10 @@ def _check(name: str, tensor: torch.Tensor) -> None:
         raise TrackingError(
             f"{name!r} is on the meta device and has no values; materialise the model before tracking."
         )
+    if name == "__metadata__":
+        raise TrackingError(
+            "a tensor cannot be called '__metadata__' in a safetensors file; rename it."
+        )
     if dtype_name(tensor) not in DTYPE_CODES:
         raise TrackingError(f"{name!r} has dtype {tensor.dtype}, which safetensors cannot store.")
 

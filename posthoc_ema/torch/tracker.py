@@ -32,6 +32,19 @@ from posthoc_ema.torch.parameters import live, tensor_table, to_numpy
 
 _log = logging.getLogger("posthoc_ema")
 _STATE_SCHEMA = 1
+_STATE_KEYS = frozenset(
+    {
+        "schema",
+        "run_id",
+        "clock",
+        "time",
+        "last_update",
+        "steps",
+        "failed",
+        "sigma_rels",
+        "averages",
+    }
+)
 
 
 def _positive(name: str, value: int | None) -> None:
@@ -136,7 +149,7 @@ class Tracker:
         self._averages: dict[str, torch.Tensor] = {}
         self._time = self._last_update = self._steps = self._pending = 0
         self._store: SnapshotStore | None = None
-        self._stopped = False
+        self._stopped = self._failed = False
         self._detach: Callable[[], None] = lambda: None
         self._folder_is_taken = (self._folder / MANIFEST).exists()
         if self._folder_is_taken and not resume:
@@ -306,6 +319,7 @@ class Tracker:
             return []
         self._update()
         tensors = live(self._model, self._table)
+        self._check_identity(tensors)
         averages = [
             NewAverage(profile, self._dtype, functools.partial(self._read, tensors, index))
             for index, profile in enumerate(profiles)
@@ -314,6 +328,14 @@ class Tracker:
             read_raw = functools.partial(self._read, tensors, None)
             averages.append(NewAverage(PointProfile(self._time), self._dtype, read_raw))
         return store.add(self._time, averages, replace_raw=self._raw == "last")
+
+    def _check_identity(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters().items():
+            if tensors[name] is not parameter:
+                raise TrackingError(
+                    f"{name!r} is another parameter than the one that was tracked so far (a module was "
+                    "replaced, or a tie was broken). Start a new tracker with a new folder."
+                )
 
     def _read(self, tensors: dict[str, torch.Tensor], index: int | None, name: str) -> AnyArray:
         """Tensor `name` of average `index` (None: the raw weights) for the store."""
@@ -350,6 +372,7 @@ class Tracker:
             "time": self._time,
             "last_update": self._last_update,
             "steps": self._steps,
+            "failed": self._failed,
             "sigma_rels": list(self._sigma_rels),
             "averages": dict(self._averages),
         }
@@ -393,6 +416,13 @@ class Tracker:
         self._run_id = state["run_id"]
         self._time, self._last_update = time, int(state["last_update"])
         self._steps, self._pending = int(state["steps"]), 0
+        self._stopped = self._failed = bool(state["failed"])
+        if self._failed:
+            _log.error(
+                "tracking had stopped at time %d when this state was saved, training went on without "
+                "it: it stays stopped. To track from here on start a new tracker in a new folder.",
+                time,
+            )
         devices = {name: p.device for name, p in self._parameters().items()}
         self._averages = {
             name: tensor.detach().to(device=devices[name], dtype=torch.float32, copy=True)
@@ -400,6 +430,12 @@ class Tracker:
         }
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
+        missing = sorted(_STATE_KEYS - state.keys())
+        if missing and "schema" not in missing:
+            raise TrackingError(
+                f"this is not the state of a tracker: {missing[0]!r} is missing. Pass what "
+                "tracker.state_dict() returned."
+            )
         if state.get("schema") != _STATE_SCHEMA:
             raise TrackingError(
                 f"the tracker's state has schema {state.get('schema')!r}, this version reads "
@@ -464,5 +500,5 @@ class Tracker:
             if isinstance(error, SnapshotWriteError):
                 _log.error("snapshot at time %d not stored: %s", self._time, error)
                 return  # the averages are whole; the next snapshot may succeed
-            self._stopped = True
+            self._stopped = self._failed = True
             _log.exception("tracking stopped at time %d, training goes on: %s", self._time, error)

@@ -1,0 +1,73 @@
+"""The app: its commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from phema.commands import demo, evaluate, ls, plot, sample, sweep, synth, train, verify
+from posthoc_ema import PhemaError, __version__
+
+app = typer.Typer(
+    name="phema",
+    help="Post-hoc EMA: choose the averaging length of a network's weights after training.",
+    epilog="Exit codes: 0 done, 1 input or files are wrong (one line on stderr says what), 2 usage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.command,
+    "train": train.command,
+    "sample": sample.command,
+    "evaluate": evaluate.command,
+    "synth": synth.command,
+    "sweep": sweep.command,
+    "plot": plot.command,
+    "ls": ls.command,
+    "verify": verify.command,
+}
+for _name, _command in _COMMANDS.items():
+    # Without arguments most commands have nothing to do: show how to use them.
+    app.command(_name, no_args_is_help=_name != "demo")(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"phema {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `phema` with `arguments`; returns the exit code. Bugs keep their traceback."""
+    logging.basicConfig(format="phema: %(message)s", level=logging.WARNING)
+    try:
+        app(args=list(arguments), prog_name="phema")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except PhemaError as error:
+        typer.echo("phema: " + " ".join(str(error).split()), err=True)
+        return 1
+    except KeyboardInterrupt:
+        typer.echo("phema: interrupted; run the same command again to continue.", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,78 @@
+"""`phema plot`: pictures of sweeps and of profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phema.options import At, Norm, find_store, need_file, parse_sigma_rels
+from posthoc_ema import ConfigError, plan_synthesis
+from posthoc_ema.sweep import RESULTS, read_results
+
+
+def command(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Folders of `phema sweep` (one curve each), or one folder of snapshots.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PICTURE", help="Picture: .png, .pdf or .svg.")
+    ],
+    sigma_rel: Annotated[
+        str,
+        typer.Option("--sigma-rel", metavar="LIST", help="Lengths to draw, for snapshots."),
+    ] = "0.02,0.075,0.2",
+    at: At = None,
+    norm: Norm = "random-walk",
+    ylabel: Annotated[str, typer.Option(help="Name of what a sweep measured.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the picture.")] = "",
+) -> None:
+    """Draw sweeps or profiles.
+
+    Quality against length for sweeps; profiles and their reconstructions for snapshots.
+    """
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--out must end in .png, .pdf or .svg, got {out}.")
+    for source in sources:
+        need_file(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if all(source.suffix == ".json" or (source / RESULTS).exists() for source in sources):
+        _sweeps(sources, out, ylabel, title)
+    elif len(sources) == 1:
+        from posthoc_ema.plotting import plot_profiles
+
+        store = find_store(sources[0])
+        sigma_rels = [s for s in parse_sigma_rels(sigma_rel) if s]
+        plan = plan_synthesis(store, sigma_rels, at=at, norm=norm)  # type: ignore[arg-type]  # checked inside
+        plot_profiles(plan, out, clock=store.clock)
+    else:
+        strange = next(s for s in sources if s.suffix != ".json" and not (s / RESULTS).exists())
+        raise ConfigError(f"{strange} holds no {RESULTS}; several sources must all be sweeps.")
+    typer.echo(out)
+
+
+def _sweeps(sources: list[Path], out: Path, ylabel: str, title: str) -> None:
+    from posthoc_ema.plotting import plot_sweep
+
+    results = [read_results(source) for source in sources]
+    curves = []
+    for source, result in zip(sources, results, strict=True):
+        if not result.averaged:
+            raise ConfigError(
+                f"{source} holds no measured length yet; run its `phema sweep` again."
+            )
+        values = [row.values[result.key] for row in result.averaged]
+        raw = result.raw.values[result.key] if result.raw else None
+        curves.append((source.name, [row.sigma_rel for row in result.averaged], values, raw))
+    plot_sweep(
+        curves,
+        out,
+        ylabel=ylabel or results[0].key,
+        higher_is_better=results[0].higher_is_better,
+        title=title,
+    )

@@ -1,0 +1,114 @@
+"""From what a user names (weights file, run, snapshots) to networks of the reference trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phema.options import extra, find_store, parse_sigma_rels
+from posthoc_ema import ConfigError, synthesize
+from posthoc_ema.sweep import label
+from posthoc_ema.tensor_files import read_header
+
+if TYPE_CHECKING:
+    from reference_trainer.config import TrainConfig
+    from reference_trainer.precond import Precond
+
+_KEY = "reference_trainer"
+
+
+def config_of(metadata: Mapping[str, str], source: Path) -> TrainConfig:
+    """The trainer's configuration that a store or a synthesized file carries.
+
+    Raises:
+        ConfigError: it carries none: the weights are not of `phema train`.
+    """
+    from reference_trainer.config import TrainConfig
+
+    if _KEY not in metadata:
+        raise ConfigError(
+            f"{source} does not come from `phema train`, so its network is unknown here. To measure "
+            "your own model use `phema sweep --metric 'COMMAND {weights}'`."
+        )
+    return TrainConfig.from_json(metadata[_KEY])
+
+
+def open_networks(
+    source: Path, sigma_rel: str | None, at: int | None, device: str, command: str
+) -> Iterator[tuple[str, Precond]]:
+    """Networks that `source` and a LIST stand for, each with its label, one after another.
+
+    Args:
+        source: a weights file, a run folder or a folder of snapshots.
+        sigma_rel: LIST for snapshots; None for a weights file.
+        at: training time for snapshots.
+        device: where the networks go.
+        command: name of the command, for messages.
+
+    Raises:
+        ConfigError: LIST is missing or out of place, or a package is missing.
+    """
+    with extra(command):
+        from reference_trainer.checkpoint import load_network
+        from reference_trainer.loop import resolve_device
+
+        target = resolve_device(device)
+        if source.is_file():
+            if sigma_rel is not None or at is not None:
+                raise ConfigError(
+                    f"{source} is one average already; --sigma-rel and --at go with snapshots."
+                )
+            config = config_of(read_header(source).metadata, source)
+            yield source.stem, load_network(source, config, target)
+            return
+        store = find_store(source)
+        if sigma_rel is None:
+            raise ConfigError(
+                "say which average of the snapshots: --sigma-rel 0.1, or --sigma-rel raw for none."
+            )
+        config = config_of(store.metadata, store.folder)
+        sigma_rels = parse_sigma_rels(sigma_rel)
+        for value, tensors in zip(sigma_rels, synthesize(store, sigma_rels, at), strict=True):
+            yield label(value), load_network(tensors, config, target)
+
+
+class TrainerMetric:
+    """Frechet distance of generated images, for `run_sweep`.
+
+    Every length is measured with the same seeds, so that rows differ by their weights alone.
+
+    Args:
+        num_images: images to generate; part of the result, because the distance depends on it.
+        steps: steps of the sampler.
+        seed: first of the consecutive seeds.
+        device: where to compute.
+    """
+
+    def __init__(self, num_images: int, steps: int, seed: int, device: str) -> None:
+        self.num_images, self.steps, self.seed, self.device = num_images, steps, seed, device
+        self.on_batch: Any = None
+
+    @property
+    def description(self) -> str:
+        """What the numbers depend on."""
+        return f"fd-digits num_images={self.num_images} steps={self.steps} seed={self.seed}"
+
+    def __call__(self, weights: Path, sigma_rel: float) -> dict[str, float]:
+        """Measure one weights file."""
+        del sigma_rel
+        (_, network), *_ = open_networks(weights, None, None, self.device, "sweep")
+        return self.measure(network)
+
+    def measure(self, network: Precond) -> dict[str, float]:
+        """Measure one network: "fd", and "accuracy", how often the classifier sees the asked class."""
+        from reference_trainer.metrics import evaluate_images
+        from reference_trainer.sampling import sample_images
+
+        seeds = range(self.seed, self.seed + self.num_images)
+        labels = [i % network.label_dim for i in range(self.num_images)]
+        images = sample_images(
+            network, seeds, num_steps=self.steps, labels=labels, on_batch=self.on_batch
+        )
+        result = evaluate_images(images, labels=labels)
+        return {"fd": float(result["fd"]), "accuracy": float(result["accuracy"])}

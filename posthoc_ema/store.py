@@ -243,6 +243,20 @@ class SnapshotStore:
             raise
         return store
 
+    @classmethod
+    def edit(cls, folder: str | os.PathLike[str]) -> SnapshotStore:
+        """Open an existing store for removing averages, whichever run it holds.
+
+        Raises:
+            SnapshotNotFoundError: the folder holds no store.
+            SnapshotFormatError: the manifest is damaged.
+            SnapshotError: a run is writing to it.
+        """
+        folder = Path(folder)
+        _read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
+        lock = _lock(folder)
+        return cls(folder, _read_manifest(folder), lock)
+
     def close(self) -> None:
         """Give the folder free for another writer."""
         if self._lock is not None:
@@ -312,7 +326,7 @@ class SnapshotStore:
         if METADATA_KEY not in header.metadata:
             raise SnapshotFormatError(
                 f"{path}: a safetensors file, but not a snapshot of this tool. Restore the file that "
-                f"was stored, or remove it and its row from {MANIFEST}."
+                "was stored, or take it out of the store: `phema verify --drop`."
             )
         own = _own_metadata(path, header)
         if own.get("run_id") != self.run_id:
@@ -324,7 +338,7 @@ class SnapshotStore:
         if header.file_bytes != record.file_bytes or header.checksum != record.header_checksum:
             raise SnapshotFormatError(
                 f"{path}: differs from the file that was stored (size or header checksum). "
-                "Restore it from a copy, or remove it with its row in the manifest."
+                "Restore it from a copy, or take it out of the store: `phema verify --drop`."
             )
         digests = own.get("xxh3", "")
         names = list(self.table.entries)
@@ -357,7 +371,7 @@ class SnapshotStore:
                     yield Problem(
                         record.file,
                         f"the data of tensor {name!r} is damaged (checksum). "
-                        "Restore the file from a copy, or remove it with its row in the manifest.",
+                        "Restore the file from a copy, or take it out of the store: `phema verify --drop`.",
                     )
 
     # ---- changing
@@ -600,8 +614,8 @@ def _own_metadata(path: Path, header: Header) -> dict[str, Any]:
             raise ValueError
     except (ValueError, RecursionError):
         raise SnapshotFormatError(
-            f"{path}: its own description is damaged. Restore it from a copy, or remove it with its "
-            "row in the manifest."
+            f"{path}: its own description is damaged. Restore it from a copy, or take it out of the "
+            "store: `phema verify --drop`."
         ) from None
     if own["schema"] > SCHEMA:
         raise SnapshotFormatError(

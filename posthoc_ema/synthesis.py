@@ -457,7 +457,8 @@ class _Source:
         if piece.stop == info.size and self.hasher.hexdigest() != self.digests[info.name]:
             raise SnapshotFormatError(
                 f"{self.path}: the data of tensor {info.name!r} is damaged (checksum). Restore the "
-                "file from a copy; `phema verify` lists all damaged files."
+                "file from a copy; `phema verify` lists all damaged files, `phema verify --drop` "
+                "goes on without them."
             )
 
 

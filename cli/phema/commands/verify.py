@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from phema.options import Json, Snapshots, find_store
-from phema.output import print_json, size
+from phema.output import note, print_json, size
+from posthoc_ema import Problem, SnapshotStore
 
 
-def command(snapshots: Snapshots, json: Json = False) -> None:
+def command(
+    snapshots: Snapshots,
+    drop: Annotated[
+        bool,
+        typer.Option(
+            "--drop",
+            help="Take damaged snapshots out of the store and delete their files; the others go on.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Check every file of a store.
 
     Exit code 1 if anything is wrong; all problems are listed.
@@ -17,12 +30,22 @@ def command(snapshots: Snapshots, json: Json = False) -> None:
     problems = list(store.verify())
     if json:
         found = [{"file": problem.file, "what": problem.what} for problem in problems]
-        print_json({"files": len(store.records), "problems": found})
+        print_json({"files": len(store.records), "problems": found, "dropped": drop})
     else:
         for problem in problems:
             typer.echo(f"{store.folder / problem.file}: {problem.what}", err=True)
         total = size(sum(record.file_bytes for record in store.records))
         verdict = f"{len(problems)} problems" if problems else "all good"
         typer.echo(f"{store.folder}: {len(store.records)} files, {total}: {verdict}")
-    if problems:
+    if problems and drop:
+        _drop(store, problems)
+    elif problems:
         raise typer.Exit(1)
+
+
+def _drop(store: SnapshotStore, problems: list[Problem]) -> None:
+    names = {problem.file for problem in problems}
+    with SnapshotStore.edit(store.folder) as editable:
+        damaged = [record for record in editable.records if record.file in names]
+        editable.remove(damaged)
+        note(f"dropped {len(damaged)} snapshots, {len(editable.records)} are left.")

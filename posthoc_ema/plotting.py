@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from posthoc_ema.profiles import PowerProfile
 from posthoc_ema.snapshot import SnapshotRecord
 from posthoc_ema.synthesis import RAW, SynthesisPlan
+from posthoc_ema.tensor_files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart by people who do not see all colours.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#666666"
+_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -32,6 +36,14 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the picture; it appears complete or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=160)
+    with atomic_write(path) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(buffer.getvalue())
 
 
 def plot_sweep(
@@ -50,67 +62,88 @@ def plot_sweep(
         ylabel: what is measured.
         higher_is_better: where the optimum is.
         title: title of the picture.
-    """
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+    Raises:
+        SnapshotWriteError: the picture cannot be written; an older one is untouched.
+    """
     figure = _figure(7.2, 4.4)
     axes = figure.subplots()
     for i, (name, sigma_rels, values, raw) in enumerate(curves):
         colour = _COLOURS[i % len(_COLOURS)]
         axes.plot(sigma_rels, values, "o-", color=colour, markersize=4, label=name or "synthesized")
         best = int(np.argmax(values) if higher_is_better else np.argmin(values))
-        axes.plot(
-            sigma_rels[best], values[best], "o", ms=12, mfc="none", mec=colour, mew=1.8, zorder=3
-        )
-        axes.annotate(
-            f"best {values[best]:.3g}\nat {sigma_rels[best]:g}",
-            (sigma_rels[best], values[best]),
-            textcoords="offset points",
-            xytext=(0, -18 if higher_is_better else 14),
-            ha="center",
-            va="top" if higher_is_better else "bottom",
-            color=colour,
-        )
+        _mark_best(axes, sigma_rels[best], values[best], colour, higher_is_better)
         if raw is not None:
-            axes.axhline(raw, color=colour, linestyle="--", linewidth=1.2)
-            axes.annotate(
-                f"raw weights {raw:.3g}",
-                (1, raw),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(-4, 4),
-                ha="right",
-                color=colour,
-            )
+            _mark_raw(axes, raw, colour)
     axes.set_xscale("log")
-    shortest = min(min(s) for _, s, _, _ in curves)
-    longest = max(max(s) for _, s, _, _ in curves)
-    ticks = [
-        t for t in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25) if t >= shortest * 0.99
-    ]
-    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if t <= longest * 1.01]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.margins(x=0.08)
+    _length_ticks(axes, sorted({s for _, lengths, _, _ in curves for s in lengths}))
+    axes.set_ylim(*_y_range([v for _, _, vs, raw in curves for v in (*vs, raw) if v is not None]))
     axes.set_xlabel("averaging length sigma_rel")
     axes.set_ylabel(ylabel)
-    if not higher_is_better:
-        axes.set_ylim(bottom=0)
-    axes.margins(y=0.12)
     if len(curves) > 1:
         axes.legend(frameon=False)
     if title:
         axes.set_title(title, loc="left")
     _tidy(axes)
-    figure.savefig(path, dpi=160)
+    _save(figure, path)
 
 
-def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str) -> None:
+def _mark_best(axes: Axes, sigma_rel: float, value: float, colour: str, high: bool) -> None:
+    axes.plot(sigma_rel, value, "o", ms=12, mfc="none", mec=colour, mew=1.8, zorder=3)
+    axes.annotate(
+        f"best {value:.3g} at {sigma_rel:g}",
+        (sigma_rel, value),
+        textcoords="offset points",
+        xytext=(0, 12 if high else -12),  # outside the valley or the hill, where no curve is
+        ha="center",
+        va="bottom" if high else "top",
+        color=colour,
+    )
+
+
+def _mark_raw(axes: Axes, raw: float, colour: str) -> None:
+    axes.axhline(raw, color=colour, linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"raw weights {raw:.3g}",
+        (0, raw),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(4, 4),
+        color=colour,
+    )
+
+
+def _length_ticks(axes: Axes, lengths: Sequence[float]) -> None:
+    """Round numbers inside the range; the lengths themselves where there are fewer than two."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    ticks = [t for t in _TICKS if lengths[0] * 0.99 <= t <= lengths[-1] * 1.01]
+    axes.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _y_range(values: Sequence[float]) -> tuple[float, float]:
+    """From zero where that does not flatten the curve, with room for the labels."""
+    low, high = min(values), max(values)
+    if 0 <= low < 0.6 * high:
+        return 0.0, 1.12 * high
+    margin = 0.16 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str, title: str = "") -> None:
     """Target profiles with their reconstructions, what is left over, and the coefficients.
 
     Args:
         plan: a synthesis plan; targets that are the raw weights are left out.
         path: picture to write; its ending decides the format.
         clock: unit of time, for the axis.
+        title: title of the picture.
+
+    Raises:
+        SnapshotWriteError: the picture cannot be written; an older one is untouched.
     """
     figure = _figure(7.2, 7.6)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=(3, 2, 2))
@@ -129,7 +162,7 @@ def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str) -> None:
         middle.plot(tau, made - target, color=colour, linewidth=1)
         _stems(bottom, plan.inputs, plan.coefficients[:, i], colour)
     top.set_ylabel("density x end time")
-    top.set_title("profiles: wanted (dashed) and reconstructed", loc="left")
+    top.set_title(title or "profiles: wanted (dashed) and reconstructed", loc="left")
     top.legend(frameon=False)
     middle.set_ylabel("difference")
     bottom.set_ylabel("coefficient")
@@ -137,7 +170,7 @@ def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str) -> None:
     for axes in (top, middle, bottom):
         axes.set_xlim(0, plan.time * 1.01)
         _tidy(axes)
-    figure.savefig(path, dpi=160)
+    _save(figure, path)
 
 
 def _stems(axes: Any, records: Sequence[SnapshotRecord], values: Any, colour: str) -> None:
@@ -148,18 +181,25 @@ def _stems(axes: Any, records: Sequence[SnapshotRecord], values: Any, colour: st
 
 
 def plot_images(panels: Sequence[tuple[str, npt.NDArray[np.uint8]]], path: Path) -> None:
-    """Pictures side by side, each under its title.
+    """Pictures under their titles: side by side, or below each other if they are wide.
 
     Args:
         panels: (title, image) of each; images are uint8, (height, width) or (height, width, 3).
         path: picture to write; its ending decides the format.
+
+    Raises:
+        SnapshotWriteError: the picture cannot be written; an older one is untouched.
     """
-    aspect = sum(image.shape[1] / image.shape[0] for _, image in panels)
-    figure = _figure(3.6 * aspect, 3.9)
+    aspect = max(image.shape[1] / image.shape[0] for _, image in panels)
+    if aspect > 2:
+        grid, size = (len(panels), 1), (7.2, (7.2 / aspect + 0.35) * len(panels))
+    else:
+        grid, size = (1, len(panels)), (3.6 * aspect * len(panels), 3.9)
+    figure = _figure(*size)
     for axes, (title, image) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        figure.subplots(*grid, squeeze=False).flat, panels, strict=True
     ):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title)
+        axes.set_title(title, loc="left" if aspect > 2 else "center")
         axes.set_axis_off()
-    figure.savefig(path, dpi=160)
+    _save(figure, path)

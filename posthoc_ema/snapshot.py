@@ -15,6 +15,7 @@ from typing import Any
 from posthoc_ema.codecs import DTYPE_CODES, FLOATING, STORE_DTYPES
 from posthoc_ema.errors import InvalidProfileError
 from posthoc_ema.profiles import PointProfile, PowerProfile
+from posthoc_ema.tensor_files import data_order
 
 SCHEMA = 1
 METADATA_KEY = "posthoc_ema"
@@ -176,10 +177,10 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
 
 def file_name(time: int, profile: StoredProfile) -> str:
     """Name of the file of an average: unique, because repr of a float is exact."""
-    if isinstance(profile, PointProfile):
-        label = "raw"
-    else:
-        label = f"sigma_rel-{float(profile.sigma_rel)!r}"  # the repr of a NumPy scalar is no number
+    # float(): the repr of a NumPy scalar is no number
+    label = (
+        "raw" if isinstance(profile, PointProfile) else f"sigma_rel-{float(profile.sigma_rel)!r}"
+    )
     return f"{time:012d}-{label}.safetensors"
 
 
@@ -237,6 +238,6 @@ class SnapshotMetadata:
             "copied": [e.name for e in self.table.entries.values() if not e.averaged],
             "model_dtypes": {e.name: e.dtype for e in self.table.entries.values() if e.averaged},
             "aliases": self.table.aliases,
-            "xxh3": "".join(self.checksums[name] for name in self.table.entries),
+            "xxh3": "".join(self.checksums[name] for name, _, _ in data_order(self.layout())),
         }
         return {METADATA_KEY: json.dumps(value, separators=(",", ":")), **self.user}

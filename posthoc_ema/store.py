@@ -7,14 +7,13 @@ snapshot, whatever happens to the writer. One writer at a time holds the lock of
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import filelock
 
@@ -24,14 +23,20 @@ from posthoc_ema.errors import (
     SnapshotError,
     SnapshotFormatError,
     SnapshotMismatchError,
-    SnapshotNotFoundError,
     SnapshotWriteError,
+)
+from posthoc_ema.manifest import (
+    MANIFEST,
+    Manifest,
+    own_description,
+    read_manifest,
+    rebuild_manifest,
+    table_difference,
 )
 from posthoc_ema.profiles import PointProfile
 from posthoc_ema.snapshot import (
     CLOCKS,
     METADATA_KEY,
-    SCHEMA,
     SnapshotMetadata,
     SnapshotRecord,
     StoredProfile,
@@ -48,13 +53,10 @@ from posthoc_ema.tensor_files import (
     checksum,
     fsync_directory,
     is_temporary_name,
-    no_duplicates,
     read_header,
     write_json,
 )
 
-MANIFEST = "manifest.json"
-_FORMAT = "posthoc-ema snapshot store"
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
 
@@ -83,26 +85,6 @@ class Problem:
     what: str
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    run_id: str
-    clock: str
-    table: TensorTable
-    metadata: dict[str, str]
-    records: tuple[SnapshotRecord, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "schema": SCHEMA,
-            "run_id": self.run_id,
-            "clock": self.clock,
-            "metadata": self.metadata,
-            **self.table.to_json(),
-            "snapshots": [record.to_json() for record in self.records],
-        }
-
-
 class SnapshotStore:
     """A folder of stored averages of one run. Make one with `open`, `create` or `resume`.
 
@@ -119,7 +101,7 @@ class SnapshotStore:
     """
 
     def __init__(
-        self, folder: Path, manifest: _Manifest, lock: filelock.BaseFileLock | None
+        self, folder: Path, manifest: Manifest, lock: filelock.BaseFileLock | None
     ) -> None:
         self.folder = folder
         self._manifest = manifest
@@ -142,7 +124,7 @@ class SnapshotStore:
             SnapshotFormatError: the manifest is damaged, hostile, or of a newer schema.
         """
         folder = Path(folder)
-        return cls(folder, _read_manifest(folder), lock=None)
+        return cls(folder, read_manifest(folder), lock=None)
 
     @classmethod
     def create(
@@ -183,9 +165,9 @@ class SnapshotStore:
         lock = _lock(folder)
         try:
             if (folder / MANIFEST).exists():
-                existing = _read_manifest(folder)
+                existing = read_manifest(folder)
                 raise SnapshotMismatchError(
-                    f"{folder} already holds run {existing.run_id} up to time {_last(existing)}. "
+                    f"{folder} already holds run {existing.run_id} up to time {existing.last_time}. "
                     "Continue that run with resume=True (`--resume`), or choose a new folder."
                 )
             orphans = [p.name for p in folder.iterdir() if is_snapshot_file_name(p.name)]
@@ -196,7 +178,7 @@ class SnapshotStore:
                 )
             store = cls(
                 folder,
-                _Manifest(run_id or secrets.token_hex(8), clock, table, metadata, ()),
+                Manifest(run_id or secrets.token_hex(8), clock, table, metadata, ()),
                 lock,
             )
             store._clean_up()
@@ -231,10 +213,10 @@ class SnapshotStore:
             SnapshotFormatError: the manifest is damaged.
         """
         folder = Path(folder)
-        _read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
+        read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
         lock = _lock(folder)
         try:
-            store = cls(folder, _read_manifest(folder), lock)
+            store = cls(folder, read_manifest(folder), lock)
             store._check_same_run(run_id, clock, table)
             store._clean_up()
             store.remove(record for record in store.records if record.time > time)
@@ -253,9 +235,32 @@ class SnapshotStore:
             SnapshotError: a run is writing to it.
         """
         folder = Path(folder)
-        _read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
+        read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
         lock = _lock(folder)
-        return cls(folder, _read_manifest(folder), lock)
+        return cls(folder, read_manifest(folder), lock)
+
+    @classmethod
+    def rebuild(cls, folder: str | os.PathLike[str]) -> SnapshotStore:
+        """Make the manifest anew from the snapshot files, which describe themselves.
+
+        For a manifest that was damaged or lost. A file that is damaged itself is left out; `verify`
+        then lists it as not part of the store. An existing manifest is kept as `manifest.json.old`.
+
+        Returns:
+            The store, open for reading.
+
+        Raises:
+            SnapshotNotFoundError: the folder holds no readable snapshot.
+            SnapshotMismatchError: the snapshots are of several runs or models.
+            SnapshotError: a run is writing to it.
+        """
+        folder = Path(folder)
+        manifest = rebuild_manifest(folder)
+        with cls(folder, manifest, _lock(folder)) as store:
+            if (folder / MANIFEST).exists():
+                (folder / MANIFEST).replace(folder / f"{MANIFEST}.old")
+            store._commit(manifest.records)
+        return cls.open(folder)
 
     def close(self) -> None:
         """Give the folder free for another writer."""
@@ -323,12 +328,7 @@ class SnapshotStore:
         """
         path = self.path(record)
         header = read_header(path)
-        if METADATA_KEY not in header.metadata:
-            raise SnapshotFormatError(
-                f"{path}: a safetensors file, but not a snapshot of this tool. Restore the file that "
-                "was stored, or take it out of the store: `phema verify --drop`."
-            )
-        own = _own_metadata(path, header)
+        own = own_description(path, header)
         if own.get("run_id") != self.run_id:
             raise SnapshotMismatchError(
                 f"{path}: belongs to run {own.get('run_id')}, the store to run {self.run_id}. "
@@ -341,7 +341,7 @@ class SnapshotStore:
                 "Restore it from a copy, or take it out of the store: `phema verify --drop`."
             )
         digests = own.get("xxh3", "")
-        names = list(self.table.entries)
+        names = list(header.tensors)  # in the order of their data
         if not isinstance(digests, str) or len(digests) != 16 * len(names):
             raise SnapshotFormatError(f"{path}: its table of checksums is malformed.")
         return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
@@ -548,83 +548,6 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _last(manifest: _Manifest) -> int:
-    return max((record.time for record in manifest.records), default=0)
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        kind = "is not a folder of snapshots" if folder.exists() else "does not exist"
-        hint = ""
-        if (folder / "snapshots" / MANIFEST).exists():
-            hint = f" Did you mean {folder / 'snapshots'}?"
-        raise SnapshotNotFoundError(
-            f"{folder} {kind}: it has no {MANIFEST}. Give the folder that the tracker wrote to.{hint}"
-        ) from None
-    except OSError as error:
-        raise SnapshotFormatError(f"{path}: cannot be read: {error.strerror}.") from error
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ValueError("it does not say that it is a snapshot store")
-        schema = value.get("schema")
-        if type(schema) is not int:
-            raise ValueError(f"the schema {schema!r} is not a number")
-        if schema > SCHEMA:
-            raise SnapshotFormatError(
-                f"{path}: has schema {schema}, this version reads up to {SCHEMA}. "
-                "Upgrade: pip install --upgrade posthoc-ema."
-            )
-        return _parse_manifest(value)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise SnapshotFormatError(
-            f"{path}: cannot be used: {reason}. The snapshots beside it are untouched; restore the "
-            "manifest from a copy."
-        ) from None
-
-
-def _parse_manifest(value: dict[str, Any]) -> _Manifest:
-    run_id, clock, metadata = value.get("run_id"), value.get("clock"), value.get("metadata", {})
-    if not isinstance(run_id, str) or not run_id:
-        raise ValueError("it has no run id")
-    if clock not in CLOCKS:
-        raise ValueError(f"the clock {clock!r} is not one of {', '.join(CLOCKS)}")
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("its metadata is not a map of strings")
-    rows = value.get("snapshots")
-    if not isinstance(rows, list):
-        raise ValueError("it lists no snapshots")
-    records = tuple(SnapshotRecord.from_json(row) for row in rows)
-    if len({record.file for record in records}) != len(records):
-        raise ValueError("a file stands in it twice")
-    for record in records:
-        if record.file != file_name(record.time, record.profile):
-            raise ValueError(f"{record.file}: its name and its profile do not agree")
-    return _Manifest(run_id, clock, TensorTable.from_json(value), metadata, records)
-
-
-def _own_metadata(path: Path, header: Header) -> dict[str, Any]:
-    try:
-        own = json.loads(header.metadata[METADATA_KEY])
-        if not isinstance(own, dict) or type(own.get("schema")) is not int:
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise SnapshotFormatError(
-            f"{path}: its own description is damaged. Restore it from a copy, or take it out of the "
-            "store: `phema verify --drop`."
-        ) from None
-    if own["schema"] > SCHEMA:
-        raise SnapshotFormatError(
-            f"{path}: has schema {own['schema']}, this version reads up to {SCHEMA}. "
-            "Upgrade: pip install --upgrade posthoc-ema."
-        )
-    return own
-
-
 def _check_tensors(path: Path, header: Header, table: TensorTable) -> None:
     for name, entry in table.entries.items():
         info = header.tensors.get(name)
@@ -643,20 +566,3 @@ def _check_tensors(path: Path, header: Header, table: TensorTable) -> None:
             f"{path}: tensor {extra[0]!r} is not in the store's table. "
             "All snapshots of a store must come from one model."
         )
-
-
-def table_difference(stored: TensorTable, given: TensorTable) -> str:
-    """First difference between two tensor tables, in words; empty if there is none."""
-    for name in (*stored.entries, *given.entries):
-        a, b = stored.entries.get(name), given.entries.get(name)
-        if a is None or b is None:
-            return f"tensor {name!r} is only in the {'model' if a is None else 'store'}"
-        if a != b:
-            return f"tensor {name!r} is {_describe(a)} in the store and {_describe(b)} in the model"
-    if stored.aliases != given.aliases:
-        return f"tied names differ: {stored.aliases} in the store, {given.aliases} in the model"
-    return ""
-
-
-def _describe(entry: TensorEntry) -> str:
-    return f"{entry.dtype} {entry.shape} ({'averaged' if entry.averaged else 'copied'})"

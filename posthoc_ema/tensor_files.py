@@ -162,7 +162,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype_name = DTYPE_NAMES[dtype]
         numbers = [*shape, start, end]
-        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError
         size = math.prod(shape) * storage_dtype(dtype_name).itemsize
     except (KeyError, TypeError, ValueError):
@@ -285,13 +285,19 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def data_order(
+    layout: Sequence[tuple[str, str, Sequence[int]]],
+) -> list[tuple[str, str, Sequence[int]]]:
+    """Order of tensors in a file: by falling element size, so that each is aligned; else as given."""
+    return sorted(layout, key=lambda row: -storage_dtype(row[1]).itemsize)
+
+
 class TensorFileWriter:
     """Writes one safetensors file in pieces of any order; it appears complete or not at all.
 
     The layout is fixed first, so that tensors, or parts of them, can be written as they become known.
-    Tensors are ordered by falling element size, as the safetensors package does, so that each is
-    aligned; ties keep the given order. Use as a context manager: leaving it by an exception removes
-    the temporary file.
+    Tensors lie in `data_order`, as the safetensors package lays them out. Use as a context manager:
+    leaving it by an exception removes the temporary file.
 
     Args:
         path: the file to make; an existing one is replaced at the end.
@@ -306,16 +312,12 @@ class TensorFileWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
-        entries = [
-            (name, dtype, tuple(int(n) for n in shape), storage_dtype(dtype).itemsize)
-            for name, dtype, shape in layout
-        ]
-        entries.sort(key=lambda entry: -entry[3])
         self._entries: dict[str, Any] = {}
         self._infos: dict[str, TensorInfo] = {}
         position = 0
-        for name, dtype, shape, itemsize in entries:
-            end = position + math.prod(shape) * itemsize
+        for name, dtype, given in data_order(layout):
+            shape = tuple(int(n) for n in given)
+            end = position + math.prod(shape) * storage_dtype(dtype).itemsize
             self._infos[name] = TensorInfo(name, dtype, shape, position, end)
             self._entries[name] = {
                 "dtype": DTYPE_CODES[dtype],

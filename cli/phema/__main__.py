@@ -7,8 +7,10 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from phema.app import run
-
+    try:
+        from phema.app import run
+    except KeyboardInterrupt:  # Ctrl-C while Python was still loading
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -34,9 +35,32 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "ls": ls.command,
     "verify": verify.command,
 }
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, under a name that typer does not swallow."""
+
+
+class _ReaderGone(Exception):
+    """The reader of our output went away, as `head` does."""
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    return guarded
+
+
 for _name, _command in _COMMANDS.items():
     # Without arguments most commands have nothing to do: show how to use them.
-    app.command(_name, no_args_is_help=_name != "demo")(_command)
+    app.command(_name, no_args_is_help=_name != "demo")(_guarded(_command))
 
 
 def _version(wanted: bool) -> None:
@@ -62,12 +86,23 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except PhemaError as error:
-        typer.echo("phema: " + " ".join(str(error).split()), err=True)
-        return 1
-    except KeyboardInterrupt:
+        return _failed(str(error))
+    except _Interrupted:
         typer.echo("phema: interrupted; run the same command again to continue.", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderGone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = error.filename if error.filename is not None else "a file or stdout"
+        return _failed(
+            f"{where}: {error.strerror}. Check the path, its permissions and the room on the disk."
+        )
     return 0
+
+
+def _failed(message: str) -> int:
+    typer.echo("phema: " + " ".join(message.split()), err=True)
+    return 1

@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 
-from posthoc_ema import RAW, ConfigError, PowerProfile, SnapshotStore
+from posthoc_ema import ConfigError, PowerProfile, SnapshotStore
 from posthoc_ema.errors import SnapshotNotFoundError
-from posthoc_ema.store import MANIFEST
+from posthoc_ema.manifest import MANIFEST
 
-_MOST = 1000
+_MOST = 1000  # values of one range: more is a slip of the pen
+_DOTS = ("...", "…")
 
 Snapshots = Annotated[
     Path,
@@ -54,53 +55,52 @@ def parse_sigma_rels(text: str) -> list[float]:
     values: list[Decimal] = []
     i = 0
     while i < len(items):
-        if items[i] in ("...", "…"):
-            values += _range(text, values, items[i + 1 : i + 2])
+        if items[i] in _DOTS:
+            values += _range(text, items[max(0, i - 2) : i], items[i + 1 : i + 2])
             i += 1
         else:
             values.append(_number(text, items[i]))
         i += 1
-    result = list(dict.fromkeys(float(value) for value in values))
-    for value in result:
-        if value != RAW:
-            PowerProfile(1.0, value)  # refuses what lies outside the family
-    return result
+    return list(dict.fromkeys(float(value) for value in values))
 
 
 def _number(text: str, item: str) -> Decimal:
     if item == "raw":
         return Decimal(0)
     try:
-        value = Decimal(item)
-    except InvalidOperation:
+        value, nearest = Decimal(item), float(item)  # the float refuses "sNaN", which Decimal takes
+    except (InvalidOperation, ValueError):
+        wrong = f"{item!r} is not a number" if item else "a value is missing beside a comma"
         raise ConfigError(
-            f"--sigma-rel {text}: {item!r} is not a number. Write 0.07, 0.05,0.10 or "
-            "0.010,0.015,...,0.250."
+            f"--sigma-rel {text!r}: {wrong if text.strip() else 'it is empty'}. Write 0.07, "
+            "0.05,0.10 or 0.010,0.015,...,0.250."
         ) from None
-    if value == 0 or not value.is_finite():
-        PowerProfile(1.0, float(value))  # raises: only the word `raw` asks for no averaging
+    PowerProfile(1.0, nearest)  # raises outside (0, 0.2887]: only the word `raw` stands for 0
     return value
 
 
-def _range(text: str, before: list[Decimal], after: list[str]) -> list[Decimal]:
+def _range(text: str, before: list[str], after: list[str]) -> list[Decimal]:
     """Values that `...` stands for, and the end."""
-    if len(before) < 2 or not after:
+    if len(before) < 2 or not after or not {"raw", *_DOTS}.isdisjoint([*before, *after]):
         raise ConfigError(
-            f"--sigma-rel {text}: a range needs two values before the dots and one after, "
+            f"--sigma-rel {text}: a range needs two numbers before the dots and one after, "
             "as in 0.010,0.015,...,0.250."
         )
-    step, end = before[-1] - before[-2], _number(text, after[0])
-    if step <= 0 or end <= before[-1]:
+    first, second, end = (_number(text, item) for item in (*before, *after))
+    step = second - first
+    if step <= 0 or end <= second:
         raise ConfigError(f"--sigma-rel {text}: a range must rise, as in 0.010,0.015,...,0.250.")
-    count, left_over = divmod(end - before[-1], step)
+    if end - second > _MOST * step:
+        raise ConfigError(
+            f"--sigma-rel {text}: steps of {step} make more than {_MOST} values; take wider ones."
+        )
+    count, left_over = divmod(end - second, step)
     if left_over:
         raise ConfigError(
-            f"--sigma-rel {text}: steps of {step} from {before[-1]} do not meet {end}; the nearest "
-            f"end is {before[-1] + count * step}."
+            f"--sigma-rel {text}: steps of {step} from {second} do not meet {end}; the nearest ends "
+            f"are {second + count * step} and {second + (count + 1) * step}."
         )
-    if count > _MOST:
-        raise ConfigError(f"--sigma-rel {text}: {count} values are more than {_MOST}.")
-    return [before[-1] + k * step for k in range(1, int(count) + 1)]
+    return [second + k * step for k in range(1, int(count) + 1)]
 
 
 def find_store(folder: Path) -> SnapshotStore:
@@ -128,5 +128,5 @@ def extra(command: str, name: str = "trainer") -> Iterator[None]:
 def need_file(path: Path) -> Path:
     """Return `path` if it is there."""
     if not path.exists():
-        raise SnapshotNotFoundError(f"{path} does not exist.")
+        raise SnapshotNotFoundError(f"{path} does not exist. Check the path.")
     return path

@@ -6,8 +6,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import typer
+
+from posthoc_ema import SnapshotWriteError
 
 
 def print_json(value: object) -> None:
@@ -40,6 +43,29 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for output; if the work in it fails, those that were made for nothing go again.
+
+    Raises:
+        SnapshotWriteError: it cannot be made, for example because a file is in its place.
+    """
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnapshotWriteError(
+            f"{folder}: cannot be made or used as a folder: {error.strerror}. Choose another --out."
+        ) from None
+    try:
+        yield
+    except BaseException:
+        for made in missing:
+            with contextlib.suppress(OSError):  # it holds something: stays
+                made.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from posthoc_ema.errors import (
     SnapshotWriteError,
     TrackingError,
 )
+from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.profiles import (
     PointProfile,
     PowerProfile,
@@ -26,7 +27,7 @@ from posthoc_ema.profiles import (
     power_update_weight,
 )
 from posthoc_ema.snapshot import CLOCKS, SnapshotRecord
-from posthoc_ema.store import MANIFEST, NewAverage, SnapshotStore
+from posthoc_ema.store import NewAverage, SnapshotStore
 from posthoc_ema.torch.averaging import new_stack, update_stack, weight_columns
 from posthoc_ema.torch.parameters import live, tensor_table, to_numpy
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from phema.options import At, Norm, find_store, need_file, parse_sigma_rels
+from phema.output import output_folder
 from posthoc_ema import ConfigError, plan_synthesis
 from posthoc_ema.sweep import RESULTS, read_results
 
@@ -16,7 +17,7 @@ def command(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Folders of `phema sweep` (one curve each), or one folder of snapshots.",
         ),
     ],
@@ -40,20 +41,28 @@ def command(
         raise ConfigError(f"--out must end in .png, .pdf or .svg, got {out}.")
     for source in sources:
         need_file(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if all(source.suffix == ".json" or (source / RESULTS).exists() for source in sources):
-        _sweeps(sources, out, ylabel, title)
-    elif len(sources) == 1:
-        from posthoc_ema.plotting import plot_profiles
-
-        store = find_store(sources[0])
-        sigma_rels = [s for s in parse_sigma_rels(sigma_rel) if s]
-        plan = plan_synthesis(store, sigma_rels, at=at, norm=norm)  # type: ignore[arg-type]  # checked inside
-        plot_profiles(plan, out, clock=store.clock)
-    else:
-        strange = next(s for s in sources if s.suffix != ".json" and not (s / RESULTS).exists())
-        raise ConfigError(f"{strange} holds no {RESULTS}; several sources must all be sweeps.")
+    strange = [s for s in sources if s.suffix != ".json" and not (s / RESULTS).exists()]
+    if strange and len(sources) > 1:
+        raise ConfigError(f"{strange[0]} holds no {RESULTS}; several sources must all be sweeps.")
+    with output_folder(out.parent):
+        if strange:
+            _profiles(sources[0], out, sigma_rel, at, norm, title)
+        else:
+            _sweeps(sources, out, ylabel, title)
     typer.echo(out)
+
+
+def _profiles(
+    source: Path, out: Path, sigma_rel: str, at: int | None, norm: str, title: str
+) -> None:
+    from posthoc_ema.plotting import plot_profiles
+
+    store = find_store(source)
+    sigma_rels = [s for s in parse_sigma_rels(sigma_rel) if s]
+    if not sigma_rels:
+        raise ConfigError("a picture of profiles needs at least one length besides raw.")
+    plan = plan_synthesis(store, sigma_rels, at=at, norm=norm)  # type: ignore[arg-type]  # checked inside
+    plot_profiles(plan, out, clock=store.clock, title=title)
 
 
 def _sweeps(sources: list[Path], out: Path, ylabel: str, title: str) -> None:
@@ -68,7 +77,16 @@ def _sweeps(sources: list[Path], out: Path, ylabel: str, title: str) -> None:
             )
         values = [row.values[result.key] for row in result.averaged]
         raw = result.raw.values[result.key] if result.raw else None
-        curves.append((source.name, [row.sigma_rel for row in result.averaged], values, raw))
+        named = source.parent if source.name == RESULTS else source
+        name = named.stem if named.suffix == ".json" else named.name
+        curves.append((name, [row.sigma_rel for row in result.averaged], values, raw))
+    directions = {result.higher_is_better for result in results}
+    keys = {result.key for result in results}
+    if len(directions) > 1 or len(keys) > 1:
+        raise ConfigError(
+            f"the sweeps measured different things ({', '.join(sorted(keys))}); one picture holds "
+            "curves of one value. Draw them apart."
+        )
     plot_sweep(
         curves,
         out,

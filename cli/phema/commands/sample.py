@@ -9,7 +9,7 @@ import typer
 
 from phema.networks import open_networks
 from phema.options import At, Device, Steps, extra, need_file
-from phema.output import progress
+from phema.output import output_folder, progress
 from posthoc_ema import ConfigError
 
 Source = Annotated[
@@ -21,7 +21,7 @@ LengthsOfSource = Annotated[
     typer.Option(
         "--sigma-rel",
         metavar="LIST",
-        help="Lengths, for snapshots: 0.07, or raw,0.01,0.1; one panel each.",
+        help="Lengths, for snapshots: 0.07, or raw,0.01,0.1 to compare.",
     ),
 ]
 
@@ -49,7 +49,6 @@ def command(
         raise ConfigError(f"--out must end in .png, got {out}.")
     numbers = parse_seeds(seeds)
     need_file(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
     panels = []
     with extra("sample"):
         from posthoc_ema.plotting import plot_images
@@ -62,12 +61,12 @@ def command(
                     network, numbers, num_steps=steps, labels=labels, on_batch=bar
                 )
             panels.append((name, image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))))
-    if len(panels) == 1:
-        save_png(out, panels[0][1])
-    else:
-        plot_images(
-            [("raw weights" if n == "raw" else f"sigma_rel {n}", g) for n, g in panels], out
-        )
+    titled = [("raw weights" if n == "raw" else f"sigma_rel {n}", grid) for n, grid in panels]
+    with output_folder(out.parent):
+        if len(panels) == 1:
+            save_png(out, panels[0][1])
+        else:
+            plot_images(titled, out)
     typer.echo(out)
 
 

@@ -21,7 +21,7 @@ from phema.options import (
     find_store,
     parse_sigma_rels,
 )
-from phema.output import print_json, progress, table
+from phema.output import note, output_folder, print_json, progress, table
 from posthoc_ema import RAW, ConfigError, PointProfile, SnapshotStore
 from posthoc_ema.sweep import (
     TABLE,
@@ -82,7 +82,7 @@ def command(
     if not any(sigma_rels):
         raise ConfigError("a sweep needs at least one length besides raw.")
     chosen = _metric(metric, store, num_images, steps, seed, device)
-    with extra("sweep"), progress("measuring") as bar:
+    with output_folder(out), extra("sweep"), progress("measuring") as bar:
         result = run_sweep(
             store,
             sigma_rels,
@@ -131,3 +131,6 @@ def _print(result: SweepResult, out: Path) -> None:
     ]
     typer.echo(table(["sigma_rel", *names, "profile error", ""], rows))
     typer.echo(f"{result.identity['metric']}; table in {out / TABLE}")
+    ends = (result.averaged[0].sigma_rel, result.averaged[-1].sigma_rel)
+    if len(result.averaged) > 1 and best in ends:
+        note(f"the best length, {best:g}, is the end of the range; the optimum may lie beyond it.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from phema.options import At, Json, Norm, SigmaRels, Snapshots, find_store, parse_sigma_rels
-from phema.output import note, print_json, progress, size, table
+from phema.output import note, output_folder, print_json, progress, size, table
 from posthoc_ema import ConfigError, plan_synthesis, synthesize_to_files
 from posthoc_ema.sweep import label
 from posthoc_ema.synthesis import SynthesisPlan
@@ -49,7 +49,7 @@ def command(
         existing = [path for path in paths if path.exists()]
         if existing:
             raise ConfigError(f"{existing[0]} exists already; choose another --out or --overwrite.")
-    with progress("synthesizing") as report:
+    with output_folder(paths[0].parent), progress("synthesizing") as report:
         synthesize_to_files(store, plan, paths, dtype=dtype, progress=report)
     if json:
         print_json(_as_json(plan, paths, store.clock))
@@ -92,7 +92,6 @@ def _paths(out: Path | None, plan: SynthesisPlan) -> list[Path]:
         folder = out or Path()
         names = ["raw" if s == 0 else f"sigma_rel-{s!r}" for s in plan.sigma_rels]
         paths = [folder / f"{name}-at-{plan.time}.safetensors" for name in names]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     return paths
 
 

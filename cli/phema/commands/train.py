@@ -127,7 +127,7 @@ def _reporter(bar: Any) -> Any:
     on_terminal = sys.stderr.isatty()
 
     def report(status: Any) -> None:
-        if status.message:
+        if status.message and status.event != "complete":  # that one is the result itself
             note(status.message)
         if status.event == "resume":
             note(f"continuing at {status.nimg} of {status.total_images} images")

@@ -20,13 +20,19 @@ def command(
             help="Take damaged snapshots out of the store and delete their files; the others go on.",
         ),
     ] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="First make a damaged or lost manifest anew from the files."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check every file of a store.
 
     Exit code 1 if anything is wrong; all problems are listed.
     """
-    store = find_store(snapshots)
+    store = SnapshotStore.rebuild(snapshots) if rebuild else find_store(snapshots)
     problems = list(store.verify())
     if json:
         found = [{"file": problem.file, "what": problem.what} for problem in problems]

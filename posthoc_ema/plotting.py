@@ -70,11 +70,17 @@ def plot_sweep(
     axes = figure.subplots()
     for i, (name, sigma_rels, values, raw) in enumerate(curves):
         colour = _COLOURS[i % len(_COLOURS)]
-        axes.plot(sigma_rels, values, "o-", color=colour, markersize=4, label=name or "synthesized")
         best = int(np.argmax(values) if higher_is_better else np.argmin(values))
-        _mark_best(axes, sigma_rels[best], values[best], colour, higher_is_better)
+        found = f"best {values[best]:.3g} at {sigma_rels[best]:g}"
+        axes.plot(sigma_rels, values, "o-", color=colour, markersize=4, label=f"{name}: {found}")
+        axes.plot(
+            sigma_rels[best], values[best], "o", ms=12, mfc="none", mec=colour, mew=1.8, zorder=3
+        )
         if raw is not None:
-            _mark_raw(axes, raw, colour)
+            axes.axhline(raw, color=colour, linestyle="--", linewidth=1.2)
+            _label_raw(axes, raw, colour)
+        if len(curves) == 1:  # labels of several curves would lie on each other: see the legend
+            _label_best(axes, found, sigma_rels[best], values[best], colour, higher_is_better)
     axes.set_xscale("log")
     axes.margins(x=0.08)
     _length_ticks(axes, sorted({s for _, lengths, _, _ in curves for s in lengths}))
@@ -89,10 +95,11 @@ def plot_sweep(
     _save(figure, path)
 
 
-def _mark_best(axes: Axes, sigma_rel: float, value: float, colour: str, high: bool) -> None:
-    axes.plot(sigma_rel, value, "o", ms=12, mfc="none", mec=colour, mew=1.8, zorder=3)
+def _label_best(
+    axes: Axes, text: str, sigma_rel: float, value: float, colour: str, high: bool
+) -> None:
     axes.annotate(
-        f"best {value:.3g} at {sigma_rel:g}",
+        text,
         (sigma_rel, value),
         textcoords="offset points",
         xytext=(0, 12 if high else -12),  # outside the valley or the hill, where no curve is
@@ -102,8 +109,7 @@ def _mark_best(axes: Axes, sigma_rel: float, value: float, colour: str, high: bo
     )
 
 
-def _mark_raw(axes: Axes, raw: float, colour: str) -> None:
-    axes.axhline(raw, color=colour, linestyle="--", linewidth=1.2)
+def _label_raw(axes: Axes, raw: float, colour: str) -> None:
     axes.annotate(
         f"raw weights {raw:.3g}",
         (0, raw),

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from posthoc_ema.errors import ConfigError, MetricError, SnapshotFormatError
+from posthoc_ema.errors import (
+    ConfigError,
+    MetricError,
+    SnapshotFormatError,
+    SnapshotWriteError,
+)
 from posthoc_ema.fitting import FitNorm
 from posthoc_ema.store import SnapshotStore
 from posthoc_ema.synthesis import RAW, plan_synthesis, synthesize_to_files
@@ -94,14 +99,14 @@ class ShellMetric:
 def _parse(line: str, command: str) -> dict[str, float]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = line.strip()
     try:
         if isinstance(value, dict):
-            numbers = {k: float(v) for k, v in value.items() if isinstance(v, int | float)}
+            numbers = {k: float(v) for k, v in value.items() if type(v) in (int, float)}
         else:
-            numbers = {"value": float(value)}
-    except (TypeError, ValueError):
+            numbers = {"value": float(value)} if not isinstance(value, bool) else {}
+    except (TypeError, ValueError, OverflowError):
         numbers = {}
     if not numbers:
         raise MetricError(
@@ -183,7 +188,8 @@ def run_sweep(
 ) -> SweepResult:
     """Synthesize each length, measure it, and write sweep.json and sweep.csv after each.
 
-    Running it again continues: rows of the same run, time, norm and metric are not measured anew.
+    Running it again continues: rows of the same run, time, norm and metric are kept and not measured
+    anew, so that a second call may add lengths. Rows of anything else give way.
 
     Args:
         store: where the averages are.
@@ -199,10 +205,12 @@ def run_sweep(
         report: called with (row, rows done, rows in all).
 
     Returns:
-        All rows.
+        All rows, also those of earlier calls.
 
     Raises:
         MetricError: the metric failed; the rows measured so far are kept.
+        ConfigError: the metric gives no value `key`; the rows measured so far are kept.
+        SnapshotWriteError: the folder cannot be written.
     """
     plan = plan_synthesis(
         store, sigma_rels, at=at, norm=norm
@@ -215,17 +223,16 @@ def run_sweep(
         "norm": norm,
         "metric": metric.description,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {row.sigma_rel: row for row in _known_rows(folder, identity)}
+    _make(folder)
+    rows = {row.sigma_rel: row for row in _known_rows(folder, identity)}
     wanted = list(dict.fromkeys(plan.sigma_rels))
-    rows = {s: known[s] for s in wanted if s in known}
     missing = [
         s for s in wanted if s not in rows or (keep_weights and not _weights(folder, s).exists())
     ]
-    result = _result(rows, key, higher_is_better, identity)
-    for done, row in enumerate(result.rows if result else (), 1):
-        if report is not None and row.sigma_rel not in missing:
-            report(row, done, len(wanted))
+    ready = [s for s in wanted if s not in missing]
+    for done, sigma_rel in enumerate(ready, 1):
+        if report is not None:
+            report(rows[sigma_rel], done, len(wanted))
     for start in range(0, len(missing), batch):
         for sigma_rel, path in _synthesized(
             store, missing[start : start + batch], folder, plan.time, norm, keep_weights
@@ -233,14 +240,20 @@ def run_sweep(
             if sigma_rel not in rows:
                 values = dict(metric(path, sigma_rel))
                 rows[sigma_rel] = SweepRow(sigma_rel, values, errors[sigma_rel])
-            result = _result(rows, key, higher_is_better, identity)
-            assert result is not None
-            write_results(result, folder)
+            _save(rows, key, higher_is_better, identity, folder)
+            ready.append(sigma_rel)
             if report is not None:
-                report(rows[sigma_rel], len(rows), len(wanted))
-    assert result is not None
-    write_results(result, folder)
-    return result
+                report(rows[sigma_rel], len(ready), len(wanted))
+    return _save(rows, key, higher_is_better, identity, folder)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnapshotWriteError(
+            f"{folder}: cannot be made or used as a folder: {error.strerror}. Choose another one."
+        ) from error
 
 
 def _weights(folder: Path, sigma_rel: float) -> Path:
@@ -266,17 +279,26 @@ def _synthesized(
                 path.unlink(missing_ok=True)
 
 
-def _result(
-    rows: Mapping[float, SweepRow], key: str | None, higher: bool, identity: dict[str, Any]
-) -> SweepResult | None:
-    if not rows:
-        return None
+def _save(
+    rows: Mapping[float, SweepRow],
+    key: str | None,
+    higher: bool,
+    identity: dict[str, Any],
+    folder: Path,
+) -> SweepResult:
+    """Write what is measured; only then complain about the key, so that no measurement is lost."""
     ordered = tuple(rows[s] for s in sorted(rows))
-    key = key or next(iter(ordered[0].values))
-    for row in ordered:
-        if key not in row.values:
-            raise ConfigError(f"the metric gives {', '.join(row.values)}, not {key!r}; see --key.")
-    return SweepResult(ordered, key, higher, identity)
+    common = [name for name in ordered[0].values if all(name in row.values for row in ordered)]
+    if not common:
+        raise MetricError("the metric gives no value that all lengths have in common.")
+    result = SweepResult(ordered, key if key in common else common[0], higher, identity)
+    write_results(result, folder)
+    if key is not None and key not in common:
+        raise ConfigError(
+            f"the metric gives {', '.join(common)}, not {key!r}. Choose one of these with --key; "
+            "what is measured is kept."
+        )
+    return result
 
 
 def write_results(result: SweepResult, folder: Path) -> None:
@@ -336,6 +358,10 @@ def read_results(folder: Path) -> SweepResult:
             )
             for row in value["rows"]
         )
+        if not all(math.isfinite(v) for row in rows for v in row.values.values()):
+            raise ValueError
+        if not all(value["key"] in row.values for row in rows):
+            raise KeyError
         identity = {k: value[k] for k in ("run_id", "time", "clock", "norm", "metric")}
         return SweepResult(rows, value["key"], value["higher_is_better"], identity)
     except FileNotFoundError:

@@ -81,11 +81,12 @@ def parse_seeds(text: str) -> list[int]:
         for item in text.split(","):
             first, dash, last = item.strip().partition("-")
             start, stop = int(first), int(last) if dash else int(first)
-            if stop < start or stop - start > 1_000_000:
+            if stop < start or len(seeds) + stop - start >= 1_000_000:
                 raise ValueError
             seeds += range(start, stop + 1)
     except ValueError:
         raise ConfigError(
-            f"--seeds must be numbers and rising ranges, as 0-79 or 3,5,10-19, got {text!r}."
+            "--seeds must be numbers and rising ranges, a million at most, as 0-79 or 3,5,10-19, got "
+            f"{text!r}."
         ) from None
     return seeds

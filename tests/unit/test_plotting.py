@@ -1,0 +1,121 @@
+"""Pictures: valid files of the asked format, honest axes, nothing left behind by a failure."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from posthoc_ema import RAW, SnapshotWriteError, plan_synthesis
+from posthoc_ema.plotting import _y_range, plot_images, plot_profiles, plot_sweep
+
+from .stores import make_store
+
+LENGTHS = [0.01, 0.05, 0.1, 0.25]
+CURVE = ("a", LENGTHS, [2.8, 1.8, 1.4, 2.9], 7.9)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    store = make_store(tmp_path_factory.mktemp("plot") / "store")
+    return plan_synthesis(store, [RAW, 0.02, 0.075])
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def ink(path):
+    """Share of pixels that are not white."""
+    return float(np.mean(pixels(path).min(axis=2) < 250))
+
+
+def size(path):
+    return pixels(path).shape[1::-1]
+
+
+def shows(path, colour):
+    return bool(np.any(np.all(pixels(path) == colour, axis=2)))
+
+
+def test_a_sweep_is_drawn_as_a_picture_of_plausible_size(tmp_path):
+    plot_sweep([CURVE], tmp_path / "a.png", ylabel="FD", title="a title")
+    assert size(tmp_path / "a.png") == (1152, 704)
+    assert 0.01 < ink(tmp_path / "a.png") < 0.3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_each_sweep_has_its_own_colour(tmp_path):
+    plot_sweep([CURVE, ("b", LENGTHS, [3, 2, 1.5, 3], None)], tmp_path / "a.png", ylabel="FD")
+    assert shows(tmp_path / "a.png", (0x00, 0x72, 0xB2))
+    assert shows(tmp_path / "a.png", (0xD5, 0x5E, 0x00))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        ("one length", [0.12], [1.0], None),
+        ("flat", [0.05, 0.1], [1.0, 1.0], 1.0),
+        ("zero", [0.05, 0.1], [0.0, 0.0], None),
+        ("negative", [0.05, 0.1], [-3.0, -4.0], -1.0),
+        ("short", [1e-4, 2e-4], [1.0, 2.0], None),
+        ("large", [0.05, 0.1], [1e30, 2e30], None),
+    ],
+    ids=lambda curve: curve[0],
+)
+@pytest.mark.parametrize("high", [False, True])
+def test_odd_sweeps_are_drawn_without_a_warning(tmp_path, curve, high):
+    plot_sweep([curve], tmp_path / "a.png", ylabel="y", higher_is_better=high)
+    assert 0.005 < ink(tmp_path / "a.png") < 0.3
+
+
+@pytest.mark.parametrize(
+    "values", [[2.8, 1.4, 7.9], [38.6, 38.8], [-3.0, -1.0], [1.0], [0.0], [0.97, 0.9]]
+)
+def test_every_value_lies_inside_the_range_of_the_axis(values):
+    low, high = _y_range(values)
+    assert low < min(values) or low == min(values) == 0
+    assert high > max(values)
+
+
+def test_the_axis_starts_at_zero_unless_that_flattens_the_curve():
+    assert _y_range([2.8, 1.4, 7.9])[0] == 0
+    assert _y_range([38.6, 38.8])[0] > 38
+
+
+def test_profiles_are_drawn(tmp_path, plan):
+    plot_profiles(plan, tmp_path / "a.png", clock="images", title="here")
+    assert size(tmp_path / "a.png") == (1152, 1216)
+    assert 0.01 < ink(tmp_path / "a.png") < 0.3
+
+
+@pytest.mark.parametrize(
+    ("ending", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")]
+)
+def test_the_ending_decides_the_format(tmp_path, plan, ending, start):
+    for draw in (
+        lambda path: plot_sweep([CURVE], path, ylabel="FD"),
+        lambda path: plot_profiles(plan, path, clock="steps"),
+    ):
+        draw(tmp_path / f"a.{ending}")
+        assert (tmp_path / f"a.{ending}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((256, 320), (1440, 624)), ((64, 320), (1152, 573)), ((64, 64, 3), (1152, 624))],
+)
+def test_panels_stand_side_by_side_unless_they_are_wide(tmp_path, shape, expected):
+    panels = [(f"panel {k}", np.full(shape, 60 * k, np.uint8)) for k in (1, 2)]
+    plot_images(panels, tmp_path / "a.png")
+    assert size(tmp_path / "a.png") == pytest.approx(expected, abs=3)
+    assert shows(tmp_path / "a.png", 60)
+    assert shows(tmp_path / "a.png", 120)
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(SnapshotWriteError, match=r"missing/a\.png: could not be written"):
+        plot_sweep([CURVE], tmp_path / "missing" / "a.png", ylabel="FD")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SnapshotWriteError, match=r"folder\.png: could not be written"):
+        plot_sweep([CURVE], tmp_path / "folder.png", ylabel="FD")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]

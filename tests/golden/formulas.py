@@ -69,12 +69,10 @@ def solve_fit(
         right[i] = gram[i, n]
     right[n] = 1
     if constrained:
-        x = [v for v in lu_solve(system, right)][:n]
+        x = list(lu_solve(system, right))[:n]
     else:
-        free = [v for v in lu_solve(system[:n, :n], right[:n, 0])]
+        free = list(lu_solve(system[:n, :n], right[:n, 0]))
         x = [v / sum(free) for v in free]
     vector = [*x, mpf(-1)]
-    squared = sum(
-        vector[i] * gram[i, j] * vector[j] for i in range(n + 1) for j in range(n + 1)
-    )
+    squared = sum(vector[i] * gram[i, j] * vector[j] for i in range(n + 1) for j in range(n + 1))
     return {"x": x, "residual": sqrt(abs(squared))}

@@ -1,7 +1,7 @@
 """Recompute profiles.json from the formulas, and write it if --reason is given.
 
-    python tests/golden/regenerate.py                      # compare only
-    python tests/golden/regenerate.py --reason "why"       # overwrite
+python tests/golden/regenerate.py                      # compare only
+python tests/golden/regenerate.py --reason "why"       # overwrite
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from mpmath import mp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from formulas import DIGITS, PRODUCTS, exponent, solve_fit  # noqa: E402
+from formulas import DIGITS, PRODUCTS, exponent, solve_fit
 
 FILE = Path(__file__).with_name("profiles.json")
 

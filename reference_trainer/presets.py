@@ -18,8 +18,8 @@ DIGITS = DataConfig(name="digits", mean=-0.38938256298624063, scale=0.5 / 0.7517
 
 
 def digits_xs() -> TrainConfig:
-    """The demo: a small network on handwritten digits, 8x8 pixels, 10 classes."""
-    steps, batch = 3000, 64
+    """The demo: 0.76 million parameters, 3000 steps of batch 64, 32 snapshots of 0.05 and 0.10."""
+    batch = 64
     return TrainConfig(
         name="digits-xs",
         network=NetworkConfig(
@@ -35,15 +35,44 @@ def digits_xs() -> TrainConfig:
         optim=OptimConfig(lr_ref=0.01, t_ref=1000.0, rampup_images=100 * batch),
         loss=LossConfig(p_mean=-0.4, p_std=1.0),
         data=DIGITS,
-        track=TrackConfig(snapshot_every=steps * batch // 32 // batch * batch),
+        # 31 times on schedule, and the end of the run.
+        track=TrackConfig(sigma_rels=(0.05, 0.10), snapshot_every=94 * batch, dtype="float16"),
         batch_size=batch,
-        total_images=steps * batch,
+        total_images=3000 * batch,
         checkpoint_every=500 * batch,
         status_every=50 * batch,
     )
 
 
+def digits_s() -> TrainConfig:
+    """Larger and longer: 2.37 million parameters, 10 000 steps of batch 64, 50 snapshots."""
+    batch = 64
+    return TrainConfig(
+        name="digits-s",
+        network=NetworkConfig(
+            img_resolution=8,
+            img_channels=1,
+            label_dim=10,
+            model_channels=48,
+            channel_mult=(1, 2),
+            num_blocks=2,
+            attn_resolutions=(4,),
+            channels_per_head=48,
+            clip_act=None,
+        ),
+        optim=OptimConfig(lr_ref=0.01, t_ref=2000.0, rampup_images=100 * batch),
+        loss=LossConfig(p_mean=-0.4, p_std=1.0),
+        data=DIGITS,
+        track=TrackConfig(sigma_rels=(0.05, 0.10), snapshot_every=200 * batch, dtype="float16"),
+        batch_size=batch,
+        total_images=10_000 * batch,
+        checkpoint_every=1000 * batch,
+        status_every=100 * batch,
+    )
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "digits-xs": digits_xs,
+    "digits-s": digits_s,
 }
 """Name on the command line to configuration."""

@@ -278,7 +278,7 @@ def _checked_labels(
 
 
 def image_grid(
-    images: npt.NDArray[np.uint8], columns: int, scale: int = 1
+    images: npt.NDArray[np.uint8], columns: int, scale: int = 1, gap: int = 0
 ) -> npt.NDArray[np.uint8]:
     """Lay images out row by row, each pixel enlarged to a square.
 
@@ -286,6 +286,7 @@ def image_grid(
         images: uint8 `[n, c, h, w]`, c 1 (gray) or 3 (RGB), n at least 1.
         columns: images per row, at least 1; the rest of the last row is black.
         scale: side of an enlarged pixel, at least 1.
+        gap: white pixels between neighbouring images.
 
     Returns:
         uint8 `[H, W]` for gray, `[H, W, 3]` for RGB.
@@ -305,10 +306,12 @@ def image_grid(
         raise ConfigError(f"columns and scale must be at least 1, got {columns} and {scale}.")
     n, c, h, w = images.shape
     rows = -(-n // columns)
+    h, w = h * scale, w * scale
     cells = np.zeros((rows * columns, c, h, w), np.uint8)
-    cells[:n] = images
-    grid = cells.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2)
-    grid = grid.reshape(rows * h, columns * w, c).repeat(scale, axis=0).repeat(scale, axis=1)
+    cells[:n] = images.repeat(scale, axis=2).repeat(scale, axis=3)
+    cells = np.pad(cells, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=255)
+    grid = cells.reshape(rows, columns, c, h + gap, w + gap).transpose(0, 3, 1, 4, 2)
+    grid = grid.reshape(rows * (h + gap), columns * (w + gap), c)[: -gap or None, : -gap or None]
     return grid[:, :, 0] if c == 1 else grid
 
 

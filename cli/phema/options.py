@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -38,7 +39,7 @@ At = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 NumImages = Annotated[int, typer.Option("--num-images", min=2, help="Images to generate.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of the Heun sampler.")]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the Heun sampler.")]
 Norm = Annotated[
     str, typer.Option("--norm", help="Norm of the fit: random-walk, density or published.")
 ]
@@ -113,7 +114,13 @@ def find_store(folder: Path) -> SnapshotStore:
 
 @contextlib.contextmanager
 def extra(command: str, name: str = "trainer") -> Iterator[None]:
-    """Turn a missing optional package into one sentence with the pip line."""
+    """Turn a missing optional package into one sentence with the pip line.
+
+    Also keeps torch's threads from spinning while they wait for each other (unless the user says how
+    long): for small networks beside other busy processes that costs several times the work itself.
+    libgomp reads the variable when torch loads it.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         yield
     except ModuleNotFoundError as error:

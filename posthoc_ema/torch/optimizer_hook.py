@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -12,11 +13,28 @@ from posthoc_ema.errors import TrackingError
 from posthoc_ema.torch.tracker import Tracker
 
 
+class TrackerOptions(TypedDict, total=False):
+    """Keyword arguments of `Tracker`, see there."""
+
+    sigma_rels: Sequence[float]
+    clock: Literal["steps", "images"]
+    samples_per_step: int | None
+    update_every: int
+    dtype: str
+    raw: Literal["last", "all", "none"]
+    resume: bool
+    run_id: str | None
+    metadata: Mapping[str, str] | None
+    on_error: Literal["warn", "raise"]
+
+
 def track(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     folder: str | os.PathLike[str],
-    **options: Any,
+    *,
+    every: int | None,
+    **options: Unpack[TrackerOptions],
 ) -> Tracker:
     """Track averages of `model` after each step of `optimizer`, without touching the training loop.
 
@@ -24,7 +42,8 @@ def track(
         optimizer: the optimizer that trains the model; a hook after its `step` is registered.
         model: the module that is trained.
         folder: where the snapshots go.
-        **options: arguments of `Tracker`: `sigma_rels`, `every`, `clock`, `samples_per_step`,
+        every: store a snapshot whenever training time passes a multiple of this; None for none.
+        **options: further arguments of `Tracker`: `sigma_rels`, `clock`, `samples_per_step`,
             `update_every`, `dtype`, `raw`, `resume`, `run_id`, `metadata`, `on_error`.
 
     Returns:
@@ -52,7 +71,7 @@ def track(
             f"{len(foreign)} of the optimizer's {len(trained)} parameters are not parameters of "
             f"{type(model).__name__}. Pass the module whose parameters the optimizer was given."
         )
-    tracker = Tracker(model, folder, **options)
+    tracker = Tracker(model, folder, every=every, **options)
     handle = optimizer.register_step_post_hook(lambda *_: tracker.step())
     tracker._detach = handle.remove
     return tracker

@@ -50,7 +50,7 @@ def command(
     numbers = parse_seeds(seeds)
     need_file(source)
     panels = []
-    with extra("sample"):
+    with output_folder(out.parent), extra("sample"):
         from posthoc_ema.plotting import plot_images
         from reference_trainer.sampling import image_grid, sample_images, save_png
 
@@ -60,13 +60,14 @@ def command(
                 images = sample_images(
                     network, numbers, num_steps=steps, labels=labels, on_batch=bar
                 )
-            panels.append((name, image_grid(images, columns, scale=max(1, 32 // images.shape[-1]))))
-    titled = [("raw weights" if n == "raw" else f"sigma_rel {n}", grid) for n, grid in panels]
-    with output_folder(out.parent):
+            panels.append(
+                (name, image_grid(images, columns, scale=max(1, 32 // images.shape[-1]), gap=2))
+            )
         if len(panels) == 1:
             save_png(out, panels[0][1])
         else:
-            plot_images(titled, out)
+            named = [("raw weights" if n == "raw" else f"sigma_rel {n}", g) for n, g in panels]
+            plot_images(named, out)
     typer.echo(out)
 
 

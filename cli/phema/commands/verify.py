@@ -32,7 +32,9 @@ def command(
 
     Exit code 1 if anything is wrong; all problems are listed.
     """
-    store = SnapshotStore.rebuild(snapshots) if rebuild else find_store(snapshots)
+    inside = snapshots / "snapshots"  # of a run folder
+    damaged = inside if inside.is_dir() else snapshots
+    store = SnapshotStore.rebuild(damaged) if rebuild else find_store(snapshots)
     problems = list(store.verify())
     if json:
         found = [{"file": problem.file, "what": problem.what} for problem in problems]

@@ -202,7 +202,8 @@ class Tracker:
         Args:
             samples: clock units, >= 1.
         """
-        _positive("samples", samples)
+        if type(samples) is not int or samples < 1:
+            raise ConfigError(f"samples must be a positive whole number, got {samples!r}.")
         self._pending += samples
 
     def step(self) -> None:

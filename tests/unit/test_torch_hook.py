@@ -40,13 +40,15 @@ def test_hook_does_not_change_training(tmp_path):
 
 def test_hook_equals_calls_by_hand(tmp_path):
     model, optimizer = make()
-    with track(optimizer, model, tmp_path / "a", every=None) as hooked:
-        with Tracker(model, tmp_path / "b", every=None) as by_hand:
-            for step in range(4):
-                train(model, optimizer, 1, start=step)
-                by_hand.step()
+    hooked = track(optimizer, model, tmp_path / "a", every=None)
+    by_hand = Tracker(model, tmp_path / "b", every=None)
+    for step in range(4):
+        train(model, optimizer, 1, start=step)
+        by_hand.step()
     for name, average in hooked.averages(0.1).items():
         assert torch.equal(average, by_hand.averages(0.1)[name])
+    hooked.close()
+    by_hand.close()
 
 
 def test_closure_and_accumulation_count_once_per_step(tmp_path):

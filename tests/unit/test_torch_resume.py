@@ -190,9 +190,9 @@ def test_state_of_another_architecture_is_refused(tmp_path):
     run(*first, 0, 1)
     state = first[2].state_dict()
     first[2].close()
-    with Tracker(nn.Linear(2, 2), tmp_path / "t", every=1) as tracker:
-        with pytest.raises(TrackingError, match="belongs to another model"):
-            tracker.load_state_dict(state)
+    tracker = Tracker(nn.Linear(2, 2), tmp_path / "t", every=1)
+    with pytest.raises(TrackingError, match="belongs to another model"):
+        tracker.load_state_dict(state)
 
 
 def test_state_before_the_first_update_is_loaded(tmp_path):

@@ -73,6 +73,13 @@ def open_networks(
             yield label(value), load_network(tensors, config, target)
 
 
+def classes_in_turn(network: Precond, count: int) -> list[int] | None:
+    """Classes 0, 1, 2, ... and again from 0; None for a network without classes."""
+    if network.label_dim == 0:
+        return None
+    return [i % network.label_dim for i in range(count)]
+
+
 class TrainerMetric:
     """Frechet distance of generated images, for `run_sweep`.
 
@@ -101,14 +108,18 @@ class TrainerMetric:
         return self.measure(network)
 
     def measure(self, network: Precond) -> dict[str, float]:
-        """Measure one network: "fd", and "accuracy", how often the classifier sees the asked class."""
+        """Measure one network.
+
+        Returns:
+            "fd", and for networks with classes "accuracy": how often the classifier sees the asked one.
+        """
         from reference_trainer.metrics import evaluate_images
         from reference_trainer.sampling import sample_images
 
         seeds = range(self.seed, self.seed + self.num_images)
-        labels = [i % network.label_dim for i in range(self.num_images)]
+        labels = classes_in_turn(network, self.num_images)
         images = sample_images(
             network, seeds, num_steps=self.steps, labels=labels, on_batch=self.on_batch
         )
         result = evaluate_images(images, labels=labels)
-        return {"fd": float(result["fd"]), "accuracy": float(result["accuracy"])}
+        return {name: float(result[name]) for name in ("fd", "accuracy") if name in result}

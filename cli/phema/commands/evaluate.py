@@ -39,6 +39,8 @@ def command(
     if json:
         print_json({"metric": metric.description, "results": rows})
         return
-    cells = [[row["weights"], f"{row['fd']:.3f}", f"{row['accuracy']:.1%}"] for row in rows]
-    typer.echo(table(["weights", "fd", "accuracy"], cells))
+    names = [name for name in ("fd", "accuracy") if name in rows[0]]
+    shown = {"fd": "{:.3f}", "accuracy": "{:.1%}"}
+    cells = [[row["weights"], *(shown[n].format(row[n]) for n in names)] for row in rows]
+    typer.echo(table(["weights", *names], cells))
     typer.echo(f"{metric.description}")

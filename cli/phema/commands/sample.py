@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from phema.networks import open_networks
+from phema.networks import classes_in_turn, open_networks
 from phema.options import At, Device, Steps, extra, need_file
 from phema.output import output_folder, progress
 from posthoc_ema import ConfigError
@@ -55,7 +55,7 @@ def command(
         from reference_trainer.sampling import image_grid, sample_images, save_png
 
         for name, network in open_networks(source, sigma_rel, at, device, "sample"):
-            labels = [i % network.label_dim for i in range(len(numbers))] if classes else None
+            labels = classes_in_turn(network, len(numbers)) if classes else None
             with progress(f"sampling {name}") as bar:
                 images = sample_images(
                     network, numbers, num_steps=steps, labels=labels, on_batch=bar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json as json_module
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from phema.options import Device, Json, extra, parse_sigma_rels
 from phema.output import note, print_json, progress
-from posthoc_ema import ConfigError
+from posthoc_ema import RAW, ConfigError
 
 if TYPE_CHECKING:
     from reference_trainer.config import TrainConfig
@@ -88,10 +89,7 @@ def _configuration(
             f"give one of --preset ({', '.join(PRESETS)}) and --config FILE.json (as a run saves it)."
         )
     if file is not None:
-        try:
-            base = TrainConfig.from_json(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
+        base = _read(file)
     elif preset in PRESETS:
         base = PRESETS[preset]()
     else:
@@ -100,10 +98,24 @@ def _configuration(
     if seed is not None:
         value["seed"] = seed
     if direct is not None:
-        value["track"]["direct_sigma_rels"] = [s for s in parse_sigma_rels(direct) if s]
+        value["track"]["direct_sigma_rels"] = parse_sigma_rels(direct)
+        if RAW in value["track"]["direct_sigma_rels"]:
+            raise ConfigError("--direct takes lengths; the raw weights are stored anyway.")
     for change in changes:
         _apply(value, change)
     return TrainConfig.from_dict(value)
+
+
+def _read(file: Path) -> TrainConfig:
+    from reference_trainer.config import TrainConfig
+
+    try:
+        return TrainConfig.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}. Check the path.") from None
+    except (ConfigError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else "it is no JSON text."
+        raise ConfigError(f"{file}: cannot be used as a configuration: {reason}") from None
 
 
 def _apply(value: dict[str, Any], change: str) -> None:
@@ -114,7 +126,13 @@ def _apply(value: dict[str, Any], change: str) -> None:
     *path, last = key.split(".")
     for part in path:
         if not isinstance(value.get(part), dict):
-            raise ConfigError(f"--set {change}: the configuration has no section {part!r}.")
+            sections = [name for name, inner in value.items() if isinstance(inner, dict)]
+            near = difflib.get_close_matches(part, sections, n=1)
+            known = f"Sections here: {', '.join(sections) or 'none'}."
+            raise ConfigError(
+                f"--set {change}: the configuration has no section {part!r}. "
+                f"{f'Did you mean {near[0]!r}?' if near else known}"
+            )
         value = value[part]
     try:
         value[last] = json_module.loads(text)

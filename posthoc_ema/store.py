@@ -7,6 +7,7 @@ snapshot, whatever happens to the writer. One writer at a time holds the lock of
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import secrets
@@ -412,13 +413,23 @@ class SnapshotStore:
             if new:
                 self._commit([*(r for r in self.records if r.file not in old_raw), *new])
         except BaseException:
-            for record in new:
-                if self.find(time, record.profile) is None:
-                    self.path(record).unlink(missing_ok=True)
+            self._undo(time, averages)
             raise
         for name in old_raw:
             (self.folder / name).unlink(missing_ok=True)
         return new
+
+    def _undo(self, time: int, averages: Sequence[NewAverage]) -> None:
+        """Delete the files of an `add` that failed, unless the manifest on disk lists them.
+
+        It may have failed after the manifest was renamed (Ctrl-C, a folder that cannot be synced), so
+        what is on disk decides, not what this object knows.
+        """
+        with contextlib.suppress(SnapshotError, OSError):  # what is left, the next resume removes
+            self._manifest = read_manifest(self.folder)
+            for average in averages:
+                if self.find(time, average.profile) is None:
+                    (self.folder / file_name(time, average.profile)).unlink(missing_ok=True)
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
         """Take records out of the manifest, then delete their files."""

@@ -66,7 +66,13 @@ def phema(capfd, monkeypatch, tmp_path):
 def environment(**more):
     """The environment of a real process: one thread, no colours, no terminal width of ours."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "COLUMNS": "80", **more}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "error,ignore::ResourceWarning",
+        "COLUMNS": "80",
+        **more,
+    }
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from posthoc_ema import SnapshotStore
 
-LONGER = ("--set", "total_images=1152", "--set", "track.snapshot_every=96")  # later ones win
+LONGER = ("--set", "total_images=768", "--set", "track.snapshot_every=96")  # later ones win
 QUICK = ("--steps", 2, "--seeds", "0-19")
 
 
@@ -251,11 +251,11 @@ def test_a_full_disk_stops_training_with_one_line_and_the_same_command_completes
     assert (
         "could not be written: File too large. Make room (or raise the quota) and run again" in err
     )
-    assert "all good" in process("verify", "run").succeeded()
-    process("synth", "run", "--sigma-rel", "0.05", "--out", "a.safetensors").succeeded()
+    assert "all good" in phema("verify", "run").succeeded()
+    phema("synth", "run", "--sigma-rel", "0.05", "--out", "a.safetensors").succeeded()
 
     done = process(*words)
-    assert (done.code, done.out) == (0, "run: trained to 1152 images; snapshots in run/snapshots\n")
+    assert (done.code, done.out) == (0, "run: trained to 768 images; snapshots in run/snapshots\n")
     phema("verify", "run").succeeded()
     process("train", *tiny, *LONGER, "--out", "undisturbed").succeeded()
     expected = averages(tmp_path / "undisturbed" / "snapshots")
@@ -266,7 +266,7 @@ def test_a_full_disk_stops_training_with_one_line_and_the_same_command_completes
 
 
 def test_ctrl_c_stops_training_with_one_line_and_the_same_command_goes_on(
-    start, process, tiny, tmp_path
+    start, process, phema, tiny, tmp_path
 ):
     words = ("train", *tiny, *LONGER, "--out", "run")
     running = start(*words)
@@ -275,14 +275,14 @@ def test_ctrl_c_stops_training_with_one_line_and_the_same_command_goes_on(
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert err == "phema: interrupted; run the same command again to continue.\n"
-    found = json.loads(process("verify", "run", "--json").out)["problems"]
+    found = json.loads(phema("verify", "run", "--json").out)["problems"]
     assert all("not listed in the manifest" in problem["what"] for problem in found), found
-    process("synth", "run", "--sigma-rel", "0.05", "--out", "a.safetensors").succeeded()
+    phema("synth", "run", "--sigma-rel", "0.05", "--out", "a.safetensors").succeeded()
     done = process(*words)
     assert done.code == 0
     assert done.err.startswith("phema: continuing at ")
-    assert done.err.endswith(" of 1152 images\n")
-    process("verify", "run").succeeded()
+    assert done.err.endswith(" of 768 images\n")
+    phema("verify", "run").succeeded()
 
 
 OWN_LOOP = """

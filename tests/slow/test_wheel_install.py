@@ -57,7 +57,8 @@ def test_the_installed_wheel_runs_on_its_own(tmp_path):
             words, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
         )
 
-    code = "import phema, posthoc_ema, reference_trainer as r\nfor m in phema, posthoc_ema, r: print(m.__file__)"
+    names = "phema, posthoc_ema, reference_trainer"
+    code = f"import {names}\nfor module in ({names}): print(module.__file__)"
     where = run(python, "-c", code)
     assert [Path(path).is_relative_to(site) for path in where.stdout.split()] == [True] * 3, where
     assert run(phema, "--version").stdout == f"phema {__version__}\n"

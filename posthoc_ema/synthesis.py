@@ -327,7 +327,7 @@ class Block:
     Attributes:
         name: the tensor.
         start: index of its first element in the flattened tensor.
-        values: float32, shape (num_targets, num_elements).
+        values: float32, shape (num_targets, num_elements); valid until the next block.
     """
 
     name: str
@@ -362,20 +362,24 @@ def combine(store: SnapshotStore, plan: SynthesisPlan) -> Iterator[Block]:
     sizes = {e.name: _size(e.shape) for e in store.table.entries.values() if e.averaged}
     weights = np.ascontiguousarray(plan.coefficients.T, dtype=np.float32)
     raw_targets = [i for i, s in enumerate(plan.sigma_rels) if s == RAW]
-    workers = min(4, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    # The buffers serve all tiles: fresh ones would cost more in page faults than the arithmetic.
+    num_targets, width = len(plan.sigma_rels), min(TILE, sum(sizes.values()))
+    total, product = (np.empty((num_targets, width), dtype=np.float32) for _ in range(2))
+    values = np.empty((min(_GROUP, len(sources)), width), dtype=np.float32)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for tile in _tiles(sizes):
             length = tile[-1].position + tile[-1].stop - tile[-1].start
-            total = np.zeros((len(plan.sigma_rels), length), dtype=np.float32)
+            total[:, :length] = 0
             for first in range(0, len(sources), _GROUP):
                 group = sources[first : first + _GROUP]
-                values = np.empty((len(group), length), dtype=np.float32)
-                list(pool.map(_Source.read, group, [tile] * len(group), values))
+                read = values[: len(group), :length]
+                list(pool.map(_Source.read, group, [tile] * len(group), read))
                 with np.errstate(over="ignore", invalid="ignore"):  # inf and nan of the inputs
-                    total += weights[:, first : first + len(group)] @ values
+                    np.matmul(weights[:, first : first + len(group)], read, out=product[:, :length])
+                    total[:, :length] += product[:, :length]
             # The raw weights are the last input. Copied, because 0 times an average that holds inf or
             # nan is nan.
-            total[raw_targets] = values[-1]
+            total[raw_targets, :length] = read[-1]
             for piece in tile:
                 span = slice(piece.position, piece.position + piece.stop - piece.start)
                 yield Block(piece.name, piece.start, total[:, span])

@@ -39,6 +39,15 @@ def test_values_of_a_dtype_survive_it_exactly(dtype, rng):
     assert np.isnan(decode(again, dtype)[~number]).all()
 
 
+def test_every_finite_float16_is_widened_exactly():
+    """Finite values take a way of their own: subnormal numbers and both zeros included."""
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values = values[np.isfinite(values)]
+    widened = decode(values, "float16")
+    assert (widened.view(np.uint32) == values.astype(np.float32).view(np.uint32)).all()
+    assert decode(values[5], "float16") == np.float32(values[5])
+
+
 def test_bfloat16_rounds_to_nearest_with_ties_to_even():
     one, step = 1.0, 2.0**-7
     values = np.float32([one + step / 2, one + step * 1.5, one + step * 0.51, one + step * 0.49])

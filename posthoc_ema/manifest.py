@@ -77,13 +77,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        kind = "is not a folder of snapshots" if folder.exists() else "does not exist"
+        kind = f"is not a folder of snapshots: it has no {MANIFEST}"
+        if not folder.exists():
+            kind = "does not exist"
         hint = "Give the folder that the tracker wrote to."
         if (folder / "snapshots" / MANIFEST).exists():
             hint = f"Did you mean {folder / 'snapshots'}?"
         elif folder.is_dir() and any(is_snapshot_file_name(p.name) for p in folder.iterdir()):
             hint = "It does hold snapshots: `phema verify --rebuild` makes the manifest anew."
-        raise SnapshotNotFoundError(f"{folder} {kind}: it has no {MANIFEST}. {hint}") from None
+        raise SnapshotNotFoundError(f"{folder} {kind}. {hint}") from None
     except OSError as error:
         raise SnapshotFormatError(f"{path}: cannot be read: {error.strerror}.") from error
     try:

@@ -70,6 +70,7 @@ def train(
         train(digits_xs(), Path("run"))  # minutes; call it again after a crash
     """
     folder, target = Path(folder), resolve_device(device)
+    dataset = load_dataset(config.data.name)  # before a wrong name is written to the folder
     with run_folder(folder, config), _reproducible(target):
         log = RunLog(folder / "log.jsonl", report)
         checkpoint, damaged = latest_checkpoint(folder / "checkpoints")
@@ -77,7 +78,7 @@ def train(
             message = f"the run in {folder} is complete: nothing to do"
             log.show(_event(config, "complete", checkpoint.nimg, message))
             return TrainResult(folder, checkpoint.nimg, checkpoint.nimg)
-        batches = new_batches(load_dataset(config.data.name), config, target)
+        batches = new_batches(dataset, config, target)
         state = new_state(config, folder, target)
         try:
             begin(state, config, checkpoint, damaged, log)

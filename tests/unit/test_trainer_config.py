@@ -26,7 +26,7 @@ def test_demo_preset_has_thirty_two_snapshots_of_two_averages(config):
     every, total = config.track.snapshot_every, config.total_images
     assert len({*range(every, total, every), total}) == 32
     assert config.track.sigma_rels == (0.05, 0.10)
-    assert config.total_images == 3000 * 64
+    assert config.total_images == 2048 * 64
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 STAMP := .venv/.installed
 DEMO ?= demo
+PIP_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format lint types imports bench docs build clean
@@ -14,7 +15,7 @@ help:  ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once; a minute or two)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[trainer,dev]'
 	@touch $(STAMP)
 
 install: $(STAMP)  ## Set up .venv with everything (the other targets do it when needed)

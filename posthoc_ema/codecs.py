@@ -47,6 +47,9 @@ FLOATING: frozenset[str] = frozenset({"float64", "float32", "float16", "bfloat16
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
+FLOAT8: tuple[str, ...] = ("float8_e4m3fn", "float8_e5m2")
+
+
 def storage_dtype(name: str) -> np.dtype[Any]:
     """NumPy dtype that holds the bits of dtype `name` (bfloat16 -> uint16)."""
     return np.dtype(_TABLE[DTYPE_CODES[name]][1])
@@ -113,13 +116,26 @@ def decode(stored: AnyArray, dtype: str, out: Float32Array | None = None) -> Flo
     """
     if out is None:
         out = np.empty(stored.shape, dtype=np.float32)
-    if dtype == "bfloat16":
+    if dtype in FLOAT8:
+        np.copyto(out, _float8_values(dtype)[stored])
+    elif dtype == "bfloat16":
         np.left_shift(stored, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
     elif dtype == "float16" and not _has_specials(stored):
         _widen_float16(stored, out)
     else:
         np.copyto(out, stored, casting="same_kind")
     return out
+
+
+def _float8_values(dtype: str) -> Float32Array:
+    """The 256 values of a float8 dtype (arXiv 2209.05433), by their bits."""
+    bits = np.arange(256, dtype=np.uint16)
+    if dtype == "float8_e5m2":  # the upper half of a float16
+        return (bits << np.uint16(8)).astype(np.uint16).view(np.float16).astype(np.float32)
+    sign, exponent, mantissa = 1.0 - 2.0 * (bits >> 7), (bits >> 3) & 15, bits & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)
+    magnitude = np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return np.where((bits & 127) == 127, np.nan, sign * magnitude).astype(np.float32)
 
 
 def _has_specials(stored: AnyArray) -> bool:

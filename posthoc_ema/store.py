@@ -348,21 +348,37 @@ class SnapshotStore:
         return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
 
     def verify(self) -> Iterator[Problem]:
-        """Check every byte of every file; yields what is wrong, and goes on after each problem."""
-        listed = set()
+        """Check every byte of every file; yields what is wrong, and goes on after each problem.
+
+        A run may write meanwhile: what it has replaced or added since this store was opened is no
+        problem.
+        """
         for record in self.records:
-            listed.add(record.file)
             try:
                 yield from self._verify_file(record)
             except SnapshotError as error:
-                yield Problem(record.file, str(error).removeprefix(f"{self.path(record)}: "))
-        for path in sorted(self.folder.iterdir()):
-            if is_snapshot_file_name(path.name) and path.name not in listed:
+                if record in read_manifest(self.folder).records:
+                    yield Problem(record.file, str(error).removeprefix(f"{self.path(record)}: "))
+        present = sorted(path.name for path in self.folder.iterdir())
+        listed = {r.file for r in (*self.records, *read_manifest(self.folder).records)}
+        for name in present:
+            if is_snapshot_file_name(name) and name not in listed and not self._being_written():
                 yield Problem(
-                    path.name,
+                    name,
                     "not listed in the manifest: left by an interrupted run. The next resume of the "
                     "run removes it.",
                 )
+
+    def _being_written(self) -> bool:
+        """Whether another process holds the folder: files then come before their rows."""
+        if self._lock is not None or not (self.folder / _LOCK).exists():
+            return False
+        lock = filelock.FileLock(self.folder / _LOCK, thread_local=False)
+        try:
+            with lock.acquire(blocking=False):
+                return False
+        except (filelock.Timeout, OSError):
+            return True
 
     def _verify_file(self, record: SnapshotRecord) -> Iterator[Problem]:
         header, digests = self.header(record)
@@ -545,7 +561,7 @@ def _read(average: NewAverage, entry: TensorEntry) -> Float32Array:
 def _lock(folder: Path) -> filelock.BaseFileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / _LOCK)
+        lock = filelock.FileLock(folder / _LOCK, thread_local=False)
         # A killed writer's lock is gone with it; the wait is for one that is still winding up.
         lock.acquire(timeout=_LOCK_SECONDS)
     except filelock.Timeout:

@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 from posthoc_ema.errors import (
     ConfigError,
     MetricError,
+    PhemaWarning,
     SnapshotFormatError,
     SnapshotWriteError,
 )
 from posthoc_ema.fitting import FitNorm
 from posthoc_ema.store import SnapshotStore
-from posthoc_ema.synthesis import RAW, plan_synthesis, synthesize_to_files
+from posthoc_ema.synthesis import RAW, out_of_reach, plan_synthesis, synthesize_to_files
 from posthoc_ema.tensor_files import atomic_write, write_json
 
 RESULTS = "sweep.json"
@@ -212,9 +214,11 @@ def run_sweep(
         ConfigError: the metric gives no value `key`; the rows measured so far are kept.
         SnapshotWriteError: the folder cannot be written.
     """
-    plan = plan_synthesis(
-        store, sigma_rels, at=at, norm=norm
-    )  # refuses bad targets before any work
+    # Refuses bad targets before any work.
+    plan = plan_synthesis(store, sigma_rels, at=at, norm=norm)
+    message = out_of_reach(plan)
+    if message:
+        warnings.warn(message, PhemaWarning, stacklevel=2)
     errors = dict(zip(plan.sigma_rels, plan.profile_error.tolist(), strict=True))
     identity = {
         "run_id": store.run_id,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +21,18 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from posthoc_ema.codecs import FLOATING, AnyArray, Float32Array, decode, encode, storage_dtype
+from posthoc_ema.codecs import (
+    FLOAT8,
+    FLOATING,
+    AnyArray,
+    Float32Array,
+    decode,
+    encode,
+    storage_dtype,
+)
 from posthoc_ema.errors import (
     ConfigError,
+    PhemaWarning,
     SnapshotFormatError,
     SnapshotNotFoundError,
     SynthesisError,
@@ -136,6 +146,24 @@ def plan_synthesis(
     )
 
 
+DOUBTFUL = 0.25
+"""Profile error above which a length counts as out of reach of the stored averages."""
+
+
+def out_of_reach(plan: SynthesisPlan) -> str:
+    """Which targets the stored averages cannot give well, in words; empty if they all are fine."""
+    doubtful = [
+        f"{s:g}" for s, e in zip(plan.sigma_rels, plan.profile_error, strict=True) if e > DOUBTFUL
+    ]
+    if not doubtful:
+        return ""
+    return (
+        f"sigma_rel {', '.join(doubtful)}: the {len(plan.inputs)} snapshots are too few or too far "
+        f"apart for this length (profile error above {DOUBTFUL:.0%}). Snapshot more often, or ask for "
+        "a length nearer to the tracked ones."
+    )
+
+
 def _raw_record(store: SnapshotStore, time: int) -> SnapshotRecord:
     record = store.find(time, PointProfile(time))
     if record is None:
@@ -188,13 +216,16 @@ def synthesize(
 
     Returns:
         name -> array, with the names of the model's state_dict, tied ones included. Averaged tensors
-        are float32; buffers and frozen parameters have their own dtype (bfloat16 becomes float32) and
-        are those of time `at`. A list of such dicts for a sequence.
+        are float32; buffers and frozen parameters have their own dtype (bfloat16 and float8 become
+        float32) and are those of time `at`. A list of such dicts for a sequence.
 
     Raises:
         InvalidProfileError: sigma_rel lies outside the family.
         SnapshotNotFoundError: nothing is stored at `at`.
         SnapshotFormatError: a file is damaged; the message names it.
+
+    Warns:
+        PhemaWarning: a length is out of reach of the stored averages.
 
     Example:
         >>> tensors = synthesize("snapshots", sigma_rel=0.07)  # doctest: +SKIP
@@ -205,6 +236,9 @@ def synthesize(
     single = np.ndim(sigma_rel) == 0
     sigma_rels: list[float] = np.atleast_1d(np.asarray(sigma_rel, dtype=np.float64)).tolist()
     plan = plan_synthesis(store, sigma_rels, at=at, norm=norm, noise=noise)
+    message = out_of_reach(plan)
+    if message:
+        warnings.warn(message, PhemaWarning, stacklevel=2)
     results: list[dict[str, AnyArray]] = [{} for _ in sigma_rels]
     entries = store.table.entries
     for block in combine(store, plan):
@@ -215,7 +249,8 @@ def synthesize(
             result[block.name].reshape(-1)[block.start : block.start + len(values)] = values
     for name, values in _read_copies(store, plan):
         dtype = entries[name].dtype
-        plain = decode(values, dtype) if dtype == "bfloat16" else values
+        # NumPy has no bfloat16 and no float8: their bits would read as integers.
+        plain = decode(values, dtype) if dtype in ("bfloat16", *FLOAT8) else values
         for result in results:
             result[name] = plain.copy()
     ordered = [{name: result[name] for name in entries} for result in results]

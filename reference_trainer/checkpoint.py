@@ -109,7 +109,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if damaged:
         raise SnapshotFormatError(
             f"{folder} holds no readable checkpoint: {damaged[0]} "
-            "Remove the folder to train from the beginning."
+            "Restore one from a copy, or remove the whole run to train from the beginning."
         )
     return None, damaged
 

@@ -17,8 +17,10 @@ from pathlib import Path
 import filelock
 import torch
 
-from posthoc_ema import ConfigError, SnapshotWriteError
+from posthoc_ema import ConfigError, SnapshotNotFoundError, SnapshotStore, SnapshotWriteError
+from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.tensor_files import is_temporary_name, write_json
+from posthoc_ema.torch import Tracker
 from reference_trainer.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from reference_trainer.config import TrainConfig, differing_fields
 from reference_trainer.data import load_dataset
@@ -102,11 +104,25 @@ def begin(
         restore(state, checkpoint)
     else:  # killed before the first checkpoint, or new
         for tracker in state.trackers.values():
+            _refuse_to_discard(tracker, config)
+        for tracker in state.trackers.values():
             tracker.restart()
     log.truncate(state.nimg if checkpoint is not None else -1)
     for problem in damaged:
         log.write(_event(config, "fallback", state.nimg, f"older checkpoint used: {problem}"))
     log.write(_event(config, "resume" if checkpoint else "start", state.nimg))
+
+
+def _refuse_to_discard(tracker: Tracker, config: TrainConfig) -> None:
+    """Only what was stored before the first checkpoint may be dropped without being asked."""
+    if (tracker.folder / MANIFEST).exists():
+        stored = max(SnapshotStore.open(tracker.folder).times, default=0)
+        if stored > config.checkpoint_every:
+            raise SnapshotNotFoundError(
+                f"{tracker.folder} holds snapshots up to {stored} images, but there is no checkpoint "
+                "to continue from. Restore the checkpoints, choose a new folder, or remove the run's "
+                "folder to train from the beginning."
+            )
 
 
 def run(
@@ -194,7 +210,7 @@ def run_folder(folder: Path, config: TrainConfig) -> Iterator[None]:
         ConfigError: it is in use, or holds another configuration.
         SnapshotWriteError: it cannot be written.
     """
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=2)  # a killed process's lock is gone with it

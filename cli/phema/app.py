@@ -6,13 +6,15 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from phema.commands import demo, evaluate, ls, plot, sample, sweep, synth, train, verify
-from posthoc_ema import PhemaError, __version__
+from phema.output import note
+from posthoc_ema import PhemaError, PhemaWarning, __version__
 
 app = typer.Typer(
     name="phema",
@@ -81,6 +83,30 @@ def _main(
 def run(arguments: Sequence[str]) -> int:
     """Run `phema` with `arguments`; returns the exit code. Bugs keep their traceback."""
     logging.basicConfig(format="phema: %(message)s", level=logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PhemaWarning)
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are one line like every other message; those of others stay as they are."""
+    if issubclass(category, PhemaWarning):
+        note(str(message))
+    else:
+        (file or sys.stderr).write(
+            warnings.formatwarning(message, category, filename, lineno, line)
+        )
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         app(args=list(arguments), prog_name="phema")
     except SystemExit as exit_:

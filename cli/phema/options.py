@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -116,20 +117,33 @@ def find_store(folder: Path) -> SnapshotStore:
 def extra(command: str, name: str = "trainer") -> Iterator[None]:
     """Turn a missing optional package into one sentence with the pip line.
 
-    Also keeps torch's threads from spinning while they wait for each other (unless the user says how
-    long): for small networks beside other busy processes that costs several times the work itself.
-    libgomp reads the variable when torch loads it.
+    Loads torch, and keeps its threads from spinning while they wait for each other (unless the user
+    says how long): for small networks beside other busy processes that costs several times the work
+    itself. libgomp reads the variable when torch loads it; the processes that we start do not see it.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    ours = "GOMP_SPINCOUNT" not in os.environ and "torch" not in sys.modules
+    try:
+        if ours:
+            os.environ["GOMP_SPINCOUNT"] = "1000"
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise _missing(error, command, name) from None
+    finally:
+        if ours:
+            del os.environ["GOMP_SPINCOUNT"]
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "sklearn", "safetensors.torch"):
             raise
-        raise ConfigError(
-            f"`phema {command}` needs {error.name}, which is not installed: "
-            f"pip install 'posthoc-ema[{name}]'."
-        ) from None
+        raise _missing(error, command, name) from None
+
+
+def _missing(error: ModuleNotFoundError, command: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"`phema {command}` needs {error.name}, which is not installed: "
+        f"pip install 'posthoc-ema[{name}]'."
+    )
 
 
 def need_file(path: Path) -> Path:

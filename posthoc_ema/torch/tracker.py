@@ -41,6 +41,7 @@ _STATE_KEYS = frozenset(
         "time",
         "last_update",
         "steps",
+        "pending",
         "failed",
         "sigma_rels",
         "averages",
@@ -51,6 +52,18 @@ _STATE_KEYS = frozenset(
 def _positive(name: str, value: int | None) -> None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
+
+
+def _lengths(sigma_rels: Any) -> tuple[float, ...]:
+    """The lengths as a tuple of floats; their range is checked where gamma is computed."""
+    rule = f"sigma_rels must be one or more different numbers, such as (0.05, 0.10), got {sigma_rels!r}."
+    try:
+        lengths = [] if isinstance(sigma_rels, str) else [s + 0.0 for s in sigma_rels]
+    except TypeError:
+        raise ConfigError(rule) from None
+    if not lengths or len(set(lengths)) != len(lengths):
+        raise ConfigError(rule)
+    return tuple(float(s) for s in lengths)
 
 
 class Tracker:
@@ -129,11 +142,7 @@ class Tracker:
             raise ConfigError(f"raw must be last, all or none, got {raw!r}.")
         if on_error not in ("warn", "raise"):
             raise ConfigError(f"on_error must be warn or raise, got {on_error!r}.")
-        if not sigma_rels or len(set(sigma_rels)) != len(sigma_rels):
-            raise ConfigError(
-                f"sigma_rels must be one or more different lengths, got {sigma_rels!r}."
-            )
-        self._sigma_rels = tuple(float(s) for s in sigma_rels)
+        self._sigma_rels = _lengths(sigma_rels)
         self._gammas = gamma_from_sigma_rel(self._sigma_rels)
         self._model = model
         self._folder = Path(folder)
@@ -162,6 +171,11 @@ class Tracker:
             )
 
     # ---- looking
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the store."""
+        return self._folder
 
     @property
     def time(self) -> int:
@@ -276,13 +290,16 @@ class Tracker:
         weights = power_update_weight(self._gammas, self._time, elapsed).tolist()
         devices = list(dict.fromkeys(stack.device for stack in self._averages.values()))
         columns = weight_columns(weights, devices)
+        # Ctrl-C between two tensors would leave some updated and others not, and a caught one would
+        # go unnoticed: until the loop is through, the averages count as broken.
+        was_failed, self._failed = self._failed, True
         for name, parameter in parameters.items():
             stack = self._averages[name]
             if stack.device != parameter.device:
                 self._averages[name] = stack = stack.to(parameter.device)
                 columns |= weight_columns(weights, [parameter.device])
             update_stack(stack, parameter, columns[stack.device])
-        self._last_update = self._time
+        self._last_update, self._failed = self._time, was_failed
 
     @functools.cached_property
     def _slots(self) -> list[tuple[str, nn.Module, str]]:
@@ -374,6 +391,7 @@ class Tracker:
             "time": self._time,
             "last_update": self._last_update,
             "steps": self._steps,
+            "pending": self._pending,
             "failed": self._failed,
             "sigma_rels": list(self._sigma_rels),
             "averages": dict(self._averages),
@@ -417,7 +435,7 @@ class Tracker:
         self._folder_is_taken = False
         self._run_id = state["run_id"]
         self._time, self._last_update = time, int(state["last_update"])
-        self._steps, self._pending = int(state["steps"]), 0
+        self._steps, self._pending = int(state["steps"]), int(state["pending"])
         self._stopped = self._failed = bool(state["failed"])
         if self._failed:
             _log.error(
@@ -504,3 +522,11 @@ class Tracker:
                 return  # the averages are whole; the next snapshot may succeed
             self._stopped = self._failed = True
             _log.exception("tracking stopped at time %d, training goes on: %s", self._time, error)
+        finally:
+            if self._failed and not self._stopped:  # Ctrl-C in the middle of an update
+                self._stopped = True
+                _log.error(
+                    "tracking stopped at time %d: an update was interrupted between two tensors. "
+                    "Resume from the last checkpoint.",
+                    self._time,
+                )

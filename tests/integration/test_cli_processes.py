@@ -140,7 +140,7 @@ def test_a_command_that_needs_an_extra_says_so_in_one_sentence(
 ):
     with unchanged():
         process(missing, *words, program=("-c", WITHOUT)).refused(
-            f"`phema {words[0]}` needs {missing.split(',')[-1] if words[0] == 'demo' else 'torch'}",
+            f"`phema {words[0]}` needs {missing.split(',')[0]}",
             "which is not installed: pip install 'posthoc-ema[trainer]'.",
         )
 

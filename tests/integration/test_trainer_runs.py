@@ -1,6 +1,7 @@
 """Whole runs in a folder: resume, completion, damage, refusal, agreement of syntheses."""
 
 import dataclasses
+import shutil
 import threading
 
 import numpy as np
@@ -186,3 +187,13 @@ def test_synthesized_average_agrees_with_a_directly_tracked_one(tmp_path, dtype,
     error = sum(float(((made[k] - wanted[k]).astype("f8") ** 2).sum()) for k in wanted)
     size = sum(float((wanted[k].astype("f8") ** 2).sum()) for k in wanted)
     assert (error / size) ** 0.5 < tolerance
+
+
+def test_snapshots_without_a_checkpoint_are_not_discarded(uninterrupted, tmp_path):
+    """Checkpoints are large and removed first; the averages of a whole run must not go with them."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = pe.SnapshotStore.open(tmp_path / "run" / "snapshots").records
+    with pytest.raises(pe.SnapshotNotFoundError, match="there is no checkpoint to continue from"):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    assert pe.SnapshotStore.open(tmp_path / "run" / "snapshots").records == before

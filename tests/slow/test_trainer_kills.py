@@ -1,12 +1,11 @@
 """kill -9 at random moments, each followed by the same command, changes no bit of the result."""
 
-import importlib.util
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import posthoc_ema as pe
 from posthoc_ema.tensor_files import TensorFile
@@ -33,21 +32,13 @@ CONFIG = TrainConfig(
     checkpoint_every=32 * 10,
     status_every=32 * 4,
 )
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from reference_trainer.config import TrainConfig
-from reference_trainer.loop import train
-torch.set_num_threads(1)
-config = TrainConfig.from_json(Path(sys.argv[1]).read_text())
-train(config, Path(sys.argv[2]), device="cpu")
-"""
-ROOT = Path(importlib.util.find_spec("reference_trainer").origin).parents[1]
 
 
 def start(config_file, folder):
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(config_file), str(folder)]
-    return subprocess.Popen(command, cwd=ROOT)
+    command = [sys.executable, "-W", "error", "-m", "phema", "train", "--device", "cpu"]
+    command += ["--config", str(config_file), "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def contents(folder):

@@ -106,3 +106,11 @@ def test_other_store_dtypes_are_refused(dtype):
 def test_dtype_names_and_codes_are_inverse():
     assert {DTYPE_CODES[name] for name in DTYPE_NAMES.values()} == set(DTYPE_NAMES)
     assert storage_dtype("bfloat16") == np.uint16
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_decoded_to_the_values_that_torch_reads(dtype):
+    torch = pytest.importorskip("torch")
+    bits = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(bits).view(getattr(torch, dtype)).float().numpy()
+    np.testing.assert_array_equal(decode(bits, dtype), expected)

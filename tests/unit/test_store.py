@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -591,3 +592,23 @@ def test_find_knows_profiles_exactly(folder):
     assert store.find(10, PowerProfile(10, 0.1 + 1e-15)) is None
     assert store.find(10, PointProfile(10)) is None
     assert store.find(30, PointProfile(30)).sigma_rel is None
+
+
+def test_verify_is_quiet_about_a_run_that_goes_on(folder):
+    """A reader's view grows old while the run replaces raw weights and adds snapshots."""
+    reader = SnapshotStore.open(folder)
+    with resume(folder) as writer:
+        writer.add(40, averages_of(40))
+        assert list(reader.verify()) == []
+        (folder / "000000000050-sigma_rel-0.05.safetensors").write_bytes(b"in the making")
+        assert list(SnapshotStore.open(folder).verify()) == []
+    (problem,) = SnapshotStore.open(folder).verify()
+    assert problem.what.startswith("not listed in the manifest")
+
+
+def test_a_store_is_written_from_any_thread(folder):
+    """Trainers step in worker threads; the lock belongs to the store, not to a thread."""
+    with ThreadPoolExecutor(1) as pool, resume(folder) as store:
+        assert len(pool.submit(store.add, 40, averages_of(40)).result()) == len(averages_of(40))
+        pool.submit(store.close).result()
+        resume(folder).close()

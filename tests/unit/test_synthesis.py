@@ -13,6 +13,7 @@ from posthoc_ema import (
     ConfigError,
     InvalidProfileError,
     NewAverage,
+    PhemaWarning,
     PointProfile,
     PowerProfile,
     SnapshotFormatError,
@@ -222,7 +223,8 @@ def test_each_input_byte_is_read_once(store, monkeypatch):
         return got
 
     monkeypatch.setattr(os, "preadv", count)
-    synthesize(store, np.linspace(0.02, 0.25, 31))
+    with pytest.warns(PhemaWarning, match="too few"):
+        synthesize(store, np.linspace(0.02, 0.25, 31))
     averaged = sum(int(np.prod(e.shape)) for e in TABLE.entries.values() if e.averaged)
     assert read == 6 * 4 * averaged + (8 + 3 + 8)  # copies: int64, three bools, four bfloat16
 
@@ -375,3 +377,8 @@ def test_infinity_is_written_as_it_is(tmp_path):
     (path,) = outputs(tmp_path, 1)
     synthesize_to_files(store, plan_synthesis(store, [0.1]), [path], dtype="float16")
     assert read_output(path)["w"].tolist() == [np.inf, 1]
+
+
+def test_a_length_out_of_reach_is_said(store):
+    with pytest.warns(PhemaWarning, match="sigma_rel 0.001: the 6 snapshots are too few"):
+        synthesize(store, 0.001)

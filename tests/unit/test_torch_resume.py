@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import posthoc_ema.torch.tracker as tracker_module
 from posthoc_ema import SnapshotMismatchError, SnapshotStore, TrackingError
 from posthoc_ema.torch import Tracker
 
@@ -83,6 +84,7 @@ def test_state_is_plain_and_holds_the_live_averages(tmp_path):
         "time": 2,
         "last_update": 2,
         "steps": 2,
+        "pending": 0,
         "failed": False,
         "sigma_rels": [0.05, 0.1],
     }
@@ -221,4 +223,42 @@ def test_advance_before_a_resume_is_forgotten(tmp_path):
     tracker.load_state_dict(state)
     tracker.step()
     assert tracker.time == 8
+    tracker.close()
+
+
+def test_samples_of_an_unfinished_accumulation_are_saved(tmp_path):
+    options = {"clock": "images", "every": None}
+    first = start(tmp_path / "s", **options)
+    first[2].advance(8)
+    run(*first, 0, 1)
+    first[2].advance(5)
+    state = first[2].state_dict()
+    first[2].close()
+    second = start(tmp_path / "s", resume=True, **options)
+    second[2].load_state_dict(state)
+    second[2].advance(3)
+    run(*second, 1, 2)
+    assert second[2].time == 16
+    second[2].close()
+
+
+def test_ctrl_c_in_the_middle_of_an_update_stops_tracking(tmp_path, monkeypatch, caplog):
+    """Some tensors are updated then and others are not; going on would count those twice."""
+    model, optimizer, tracker = start(tmp_path / "s")
+    run(model, optimizer, tracker, 0, 1)
+    update, calls = tracker_module.update_stack, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(tracker_module, "update_stack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.step()
+    assert "interrupted between two tensors" in caplog.text
+    tracker.step()
+    assert len(calls) == 2
+    assert tracker.state_dict()["failed"]
     tracker.close()

@@ -213,7 +213,7 @@ def test_buffers_and_frozen_parameters_are_copied_never_averaged(folder):
     }
     tracker.snapshot()
     tracker.close()
-    for sigma_rel in (0.02, 0.1, 0.2, 0):
+    for sigma_rel in (0.05, 0.07, 0.1, 0):
         result = synthesize(folder, sigma_rel)
         assert result["count"].item() == 70_005
         assert result["count"].dtype == np.int64
@@ -627,3 +627,14 @@ def test_no_value_is_read_from_the_device_per_step(folder):
     averaged = len(tracker.averages(0.05))
     assert sum("lerp" in call for call in count.calls) <= 2 * 3 * averaged
     tracker.close()
+
+
+@pytest.mark.parametrize("sigma_rels", [0.05, "0.07", ("0.05",), [None], (), (0.1, 0.1), None])
+def test_lengths_that_are_no_list_of_numbers_are_refused(folder, sigma_rels):
+    with pytest.raises(ConfigError, match="sigma_rels must be one or more different numbers"):
+        Tracker(Network(), folder, every=None, sigma_rels=sigma_rels)
+
+
+def test_lengths_may_be_an_array(folder):
+    tracker = Tracker(Network(), folder, every=None, sigma_rels=np.array([0.05, 0.1]))
+    assert tracker.sigma_rels == (0.05, 0.1)

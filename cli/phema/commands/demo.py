@@ -73,7 +73,7 @@ def command(
     shown = _shown(result)
     phema(
         *("sample", run, "--sigma-rel", ",".join(label(s) for s in shown)),
-        *("--classes", "--out", out / "samples.png", *on_device),
+        *("--classes", "--seeds", "0-39", "--out", out / "samples.png", *on_device),
     )
     phema(
         *("synth", run, "--sigma-rel", label(result.best.sigma_rel)),
@@ -133,8 +133,8 @@ def _summary(result: SweepResult, run: Path) -> str:
     best, raw = result.best, result.raw
     assert raw is not None
     return (
-        f"best length sigma_rel {best.sigma_rel:g}: Frechet distance {best.values['fd']:.2f}, raw "
-        f"weights {raw.values['fd']:.2f}\n"
+        f"best length sigma_rel {best.sigma_rel:g}: Frechet distance {best.values['fd']:.3f}, raw "
+        f"weights {raw.values['fd']:.3f}\n"
         f"synthesized sigma_rel {DIRECT} agrees with the directly tracked one to "
         f"{agreement(run, DIRECT):.1e} (relative)"
     )
@@ -144,7 +144,7 @@ def _report(
     result: SweepResult, run: Path, commands: list[list[str]], out: Path, seconds: float
 ) -> str:
     rows = [
-        [label(row.sigma_rel), f"{row.values['fd']:.2f}", f"{row.values['accuracy']:.1%}"]
+        [label(row.sigma_rel), f"{row.values['fd']:.3f}", f"{row.values['accuracy']:.1%}"]
         for row in result.rows
     ]
     del out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,9 @@ def command(
     if not any(sigma_rels):
         raise ConfigError("a sweep needs at least one length besides raw.")
     chosen = _metric(metric, store, num_images, steps, seed, device)
-    with output_folder(out), extra("sweep"), progress("measuring") as bar:
+    # Only the trainer's own metric needs the extra: a command of the user's runs without torch.
+    needs = contextlib.nullcontext() if metric is not None else extra("sweep")
+    with output_folder(out), needs, progress("measuring") as bar:
         result = run_sweep(
             store,
             sigma_rels,

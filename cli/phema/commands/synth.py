@@ -11,10 +11,7 @@ from phema.options import At, Json, Norm, SigmaRels, Snapshots, find_store, pars
 from phema.output import note, output_folder, print_json, progress, size, table
 from posthoc_ema import ConfigError, plan_synthesis, synthesize_to_files
 from posthoc_ema.sweep import label
-from posthoc_ema.synthesis import SynthesisPlan
-
-DOUBTFUL = 0.25
-"""Profile error above which a target is said to be out of reach of the snapshots."""
+from posthoc_ema.synthesis import SynthesisPlan, out_of_reach
 
 
 def command(
@@ -65,20 +62,9 @@ def command(
         f"at {plan.time} {store.clock}, from {len(plan.inputs)} files ({size(plan.bytes_read)}) of "
         f"{store.folder}"
     )
-    warn(plan)
-
-
-def warn(plan: SynthesisPlan) -> None:
-    """Say in words which targets the snapshots cannot give well, and what would help."""
-    doubtful = [
-        label(s) for s, e in zip(plan.sigma_rels, plan.profile_error, strict=True) if e > DOUBTFUL
-    ]
-    if doubtful:
-        note(
-            f"sigma_rel {', '.join(doubtful)}: the {len(plan.inputs)} snapshots are too few or too "
-            f"far apart for this length (profile error above {DOUBTFUL:.0%}). Snapshot more often, "
-            "or ask for a length nearer to the tracked ones."
-        )
+    message = out_of_reach(plan)
+    if message:
+        note(message)
 
 
 def _paths(out: Path | None, plan: SynthesisPlan) -> list[Path]:

@@ -23,6 +23,7 @@ SAMPLER_STEPS = 12
 
 
 def command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of results.")] = Path(
         "demo"
     ),
@@ -43,7 +44,7 @@ def command(
         words = [str(argument) for argument in arguments]
         commands.append(words)
         typer.echo(f"\n$ phema {shlex.join(words)}")
-        _call(words)
+        _call(context, words)
 
     on_device = () if device == "auto" else ("--device", device)
     with extra("demo"):
@@ -87,12 +88,10 @@ def command(
     typer.echo(f"results in {out}: curve.png, samples.png, profiles.png, README.md (all commands)")
 
 
-def _call(words: list[str]) -> None:
+def _call(context: typer.Context, words: list[str]) -> None:
     """Run a command in this process: the same code as from a shell, without loading torch again."""
-    from phema.app import app
-
     try:
-        app(args=words, prog_name="phema")
+        context.find_root().command.main(args=words, prog_name="phema")
     except SystemExit as exit_:
         if exit_.code not in (0, None):
             raise

@@ -24,11 +24,11 @@ demo: $(STAMP)  ## Train, track, synthesize, sweep and plot on handwritten digit
 	$(BIN)/phema demo --out $(DEMO)
 
 test: $(STAMP)  ## Run the test suite (without the slow tests and the benchmarks)
-	$(PY) -m pytest -m "not slow and not benchmarks"; code=$$?; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not benchmarks"; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "no test was collected: that is a failure, not a success"; exit 1; fi; exit $$code
 
 test-slow: $(STAMP)  ## Run the slow tests: kills and resumes, the must-show figures at full scale
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
 
 check: $(STAMP) format lint types imports  ## Formatting, lint, types, import layers: what a commit must pass
 

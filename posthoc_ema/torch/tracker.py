@@ -214,8 +214,13 @@ class Tracker:
         Call it once per micro-batch: gradient accumulation then counts by itself.
 
         Args:
-            samples: clock units, >= 1.
+            samples: images (or other samples), >= 1.
+
+        Raises:
+            ConfigError: the number is not positive and whole, or the clock counts steps.
         """
+        if self._clock == "steps":
+            raise ConfigError("advance counts samples, this tracker steps: give it clock='images'.")
         if type(samples) is not int or samples < 1:
             raise ConfigError(f"samples must be a positive whole number, got {samples!r}.")
         self._pending += samples

@@ -33,7 +33,7 @@ def digits_xs() -> TrainConfig:
             clip_act=None,
         ),
         # A high learning rate: the raw weights are noisy, so that the averaging length matters.
-        optim=OptimConfig(lr_ref=0.04, t_ref=667.0, rampup_images=100 * batch),
+        optim=OptimConfig(lr_ref=0.05, t_ref=667.0, rampup_images=100 * batch),
         loss=LossConfig(p_mean=-0.4, p_std=1.0),
         data=DIGITS,
         track=TrackConfig(sigma_rels=(0.05, 0.10), snapshot_every=64 * batch, dtype="float16"),

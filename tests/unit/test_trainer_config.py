@@ -108,5 +108,5 @@ def test_track_config_refuses_impossible_widths(sigma_rels):
 
 def test_differing_fields_are_dotted_names_with_both_values(config):
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr_ref=0.02))
-    assert differing_fields(config, other) == ["optim.lr_ref (0.04 and 0.02)"]
+    assert differing_fields(config, other) == ["optim.lr_ref (0.05 and 0.02)"]
     assert differing_fields(config, config) == []

@@ -77,7 +77,7 @@ def test_train_takes_the_configuration_of_a_run(phema, run_folder):
     [
         (("--set", "seed=3"), "these differ (there and here): seed (0 and 3)."),
         (("--seed", "4"), "these differ (there and here): seed (0 and 4)."),
-        (("--set", "optim.lr_ref=0.5"), "optim.lr_ref (0.01 and 0.5)"),
+        (("--set", "optim.lr_ref=0.5"), "optim.lr_ref (0.05 and 0.5)"),
         (
             ("--set", "batchsize=3"),
             "batchsize is no field of TrainConfig. Did you mean batch_size?",

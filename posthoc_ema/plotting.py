@@ -187,7 +187,7 @@ def _stems(axes: Any, records: Sequence[SnapshotRecord], values: Any, colour: st
 
 
 def plot_images(panels: Sequence[tuple[str, npt.NDArray[np.uint8]]], path: Path) -> None:
-    """Pictures under their titles: side by side, or below each other if they are wide.
+    """Pictures under their titles, side by side in as many rows as they need.
 
     Args:
         panels: (title, image) of each; images are uint8, (height, width) or (height, width, 3).
@@ -197,15 +197,14 @@ def plot_images(panels: Sequence[tuple[str, npt.NDArray[np.uint8]]], path: Path)
         SnapshotWriteError: the picture cannot be written; an older one is untouched.
     """
     aspect = max(image.shape[1] / image.shape[0] for _, image in panels)
-    if aspect > 2:
-        grid, size = (len(panels), 1), (7.2, (7.2 / aspect + 0.35) * len(panels))
-    else:
-        grid, size = (1, len(panels)), (3.6 * aspect * len(panels), 3.9)
-    figure = _figure(*size)
-    for axes, (title, image) in zip(
-        figure.subplots(*grid, squeeze=False).flat, panels, strict=True
-    ):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, loc="left" if aspect > 2 else "center")
+    width = min(7.2, 3.6 * aspect)
+    columns = min(len(panels), max(1, int(15 / width)))  # two wide ones, four square ones
+    rows = -(-len(panels) // columns)
+    figure = _figure(width * columns, (width / aspect + 0.35) * rows)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places:
         axes.set_axis_off()
+    for axes, (title, image) in zip(places, panels, strict=False):  # the last row may have gaps
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(title)
     _save(figure, path)

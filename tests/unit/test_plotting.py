@@ -101,11 +101,16 @@ def test_the_ending_decides_the_format(tmp_path, plan, ending, start):
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((256, 320), (1440, 624)), ((64, 320), (1152, 573)), ((64, 64, 3), (1152, 624))],
+    ("shape", "count", "expected"),
+    [
+        ((256, 320), 2, (1440, 632)),
+        ((64, 320), 2, (2304, 286)),
+        ((64, 320), 3, (2304, 573)),
+        ((64, 64, 3), 4, (2304, 632)),
+    ],
 )
-def test_panels_stand_side_by_side_unless_they_are_wide(tmp_path, shape, expected):
-    panels = [(f"panel {k}", np.full(shape, 60 * k, np.uint8)) for k in (1, 2)]
+def test_panels_stand_side_by_side_in_rows(tmp_path, shape, count, expected):
+    panels = [(f"panel {k}", np.full(shape, 60 * k, np.uint8)) for k in range(1, count + 1)]
     plot_images(panels, tmp_path / "a.png")
     assert size(tmp_path / "a.png") == pytest.approx(expected, abs=3)
     assert shows(tmp_path / "a.png", 60)

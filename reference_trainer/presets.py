@@ -17,6 +17,23 @@ DIGITS = DataConfig(name="digits", mean=-0.38938256298624063, scale=0.5 / 0.7517
 """scikit-learn's digits; mean and standard deviation of pixel / 127.5 - 1 over all 1797 images."""
 
 
+def _digits_network(
+    *, model_channels: int, num_blocks: int, channels_per_head: int = 64
+) -> NetworkConfig:
+    """Two levels, 8x8 and 4x4, with attention at the coarser one."""
+    return NetworkConfig(
+        img_resolution=8,
+        img_channels=1,
+        label_dim=10,
+        model_channels=model_channels,
+        channel_mult=(1, 2),
+        num_blocks=num_blocks,
+        attn_resolutions=(4,),
+        channels_per_head=channels_per_head,
+        clip_act=None,  # it guards float16, and costs time in float32
+    )
+
+
 def digits_xs() -> TrainConfig:
     """The demo: 0.76 million parameters, 2048 steps of batch 64, 32 snapshots of 0.05 and 0.10.
 
@@ -26,16 +43,7 @@ def digits_xs() -> TrainConfig:
     batch = 64
     return TrainConfig(
         name="digits-xs",
-        network=NetworkConfig(
-            img_resolution=8,
-            img_channels=1,
-            label_dim=10,
-            model_channels=32,
-            channel_mult=(1, 2),
-            num_blocks=1,
-            attn_resolutions=(4,),
-            clip_act=None,
-        ),
+        network=_digits_network(model_channels=32, num_blocks=1),
         # A high learning rate: the raw weights are noisy, so that the averaging length matters.
         optim=OptimConfig(lr_ref=0.05, t_ref=667.0, rampup_images=100 * batch),
         loss=LossConfig(p_mean=-0.4, p_std=1.0),
@@ -57,17 +65,7 @@ def digits_s() -> TrainConfig:
     batch = 64
     return TrainConfig(
         name="digits-s",
-        network=NetworkConfig(
-            img_resolution=8,
-            img_channels=1,
-            label_dim=10,
-            model_channels=48,
-            channel_mult=(1, 2),
-            num_blocks=2,
-            attn_resolutions=(4,),
-            channels_per_head=48,
-            clip_act=None,
-        ),
+        network=_digits_network(model_channels=48, num_blocks=2, channels_per_head=48),
         optim=OptimConfig(lr_ref=0.01, t_ref=2000.0, rampup_images=100 * batch),
         loss=LossConfig(p_mean=-0.4, p_std=1.0),
         data=DIGITS,

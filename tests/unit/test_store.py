@@ -296,11 +296,22 @@ def test_bad_options_of_create_are_refused(tmp_path, options, message):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission_is_a_write_error(tmp_path):
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder without write permission; root may write anywhere, so it steps down for the test."""
     tmp_path.chmod(0o500)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield tmp_path
+    if root:
+        os.seteuid(0)
+    tmp_path.chmod(0o700)
+
+
+def test_folder_without_permission_is_a_write_error(read_only):
     with pytest.raises(SnapshotWriteError, match="Choose a folder that you may write"):
-        SnapshotStore.create(tmp_path / "s", clock="steps", table=TABLE)
+        SnapshotStore.create(read_only / "s", clock="steps", table=TABLE)
 
 
 def test_folder_that_is_a_file_is_a_write_error(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import warnings
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors
 
-import posthoc_ema.synthesis as synthesis_module
 from posthoc_ema import (
     ConfigError,
     InvalidProfileError,
@@ -29,6 +29,9 @@ from posthoc_ema import (
 from posthoc_ema.tensor_files import TensorFile
 
 from .stores import TABLE, entry, make_store, make_table, naive
+
+# The name `combine` of the package is the function.
+combine_module = importlib.import_module("posthoc_ema.synthesis.combine")
 
 TARGETS = [0.03, 0.05, 0.07, 0.2]
 
@@ -147,8 +150,8 @@ def test_stored_length_comes_back_as_it_was_stored(store):
 def test_result_does_not_depend_on_tiles(store, monkeypatch, tile, group):
     """Tensors that span tiles, tiles that end with a tensor, empty tensors and scalars at the seams."""
     expected = synthesize(store, [*TARGETS, 0])
-    monkeypatch.setattr(synthesis_module, "TILE", tile)
-    monkeypatch.setattr(synthesis_module, "_GROUP", group)
+    monkeypatch.setattr(combine_module, "TILE", tile)
+    monkeypatch.setattr(combine_module, "_GROUP", group)
     for a, b in zip(expected, synthesize(store, [*TARGETS, 0]), strict=True):
         assert list(a) == list(b)
         for name in a:
@@ -213,7 +216,7 @@ def test_raw_target_is_exact_beside_averages_that_are_not_finite(tmp_path):
 
 def test_each_input_byte_is_read_once(store, monkeypatch):
     """31 targets from the same reads; only the headers are read besides."""
-    monkeypatch.setattr(synthesis_module, "TILE", 7)
+    monkeypatch.setattr(combine_module, "TILE", 7)
     read, preadv = 0, os.preadv
 
     def count(descriptor, views, position):
@@ -254,7 +257,7 @@ def test_files_hold_what_synthesize_returns(store, tmp_path):
 def test_files_do_not_depend_on_tiles(store, tmp_path, monkeypatch, tile):
     paths = outputs(tmp_path, 1)
     plan = plan_synthesis(store, [0.03])
-    monkeypatch.setattr(synthesis_module, "TILE", tile)
+    monkeypatch.setattr(combine_module, "TILE", tile)
     synthesize_to_files(store, plan, paths, dtype="float32")
     monkeypatch.undo()
     for name, values in read_output(paths[0]).items():

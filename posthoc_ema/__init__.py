@@ -6,6 +6,13 @@ PyTorch side is `posthoc_ema.torch`.
 """
 
 from posthoc_ema.averaging import power_average, power_step_weights
+from posthoc_ema.diagnostics import (
+    Scale,
+    estimate_scale,
+    neighbour_pairs,
+    predicted_errors,
+    sampled_scale,
+)
 from posthoc_ema.errors import (
     ConfigError,
     InvalidProfileError,
@@ -57,6 +64,7 @@ __all__ = [
     "PowerProfile",
     "Problem",
     "Profile",
+    "Scale",
     "SnapshotError",
     "SnapshotFormatError",
     "SnapshotMismatchError",
@@ -70,13 +78,17 @@ __all__ = [
     "TensorTable",
     "TrackingError",
     "__version__",
+    "estimate_scale",
     "fit",
     "gamma_from_sigma_rel",
+    "neighbour_pairs",
     "plan_synthesis",
     "power_average",
     "power_beta",
     "power_step_weights",
     "power_update_weight",
+    "predicted_errors",
+    "sampled_scale",
     "sigma_rel_from_gamma",
     "synthesize",
     "synthesize_to_files",

@@ -10,7 +10,7 @@ explanation/profiles-and-fitting.md):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -121,8 +121,8 @@ def density_products(rows: Sequence[Profile], columns: Sequence[Profile]) -> Flo
     return a * b / (a + b - 1) * (np.minimum(t_a, t_b) / later) ** gamma_of_later / later
 
 
-def _quadrature(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-    """Nodes and weights that integrate squares of combinations of these profiles.
+def quadrature(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+    """Nodes and weights that integrate squares of combinations of these profiles, nodes rising.
 
     Gauss-Legendre between neighbouring ends, each interval cut so fine (a ratio of at most
     1 + 4/max exponent) that a power is smooth inside a piece, down to 1e-12 of the first end.
@@ -147,7 +147,11 @@ def _quadrature(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
 
 
 def residual_norms(
-    inputs: Sequence[Profile], targets: Sequence[Profile], coefficients: FloatArray, norm: Norm
+    inputs: Sequence[Profile],
+    targets: Sequence[Profile],
+    coefficients: FloatArray,
+    norm: Norm,
+    density: Callable[[FloatArray], FloatArray] | None = None,
 ) -> FloatArray:
     """Distance between each target and its combination of the inputs, under `norm`.
 
@@ -159,18 +163,26 @@ def residual_norms(
         targets: profiles, (num_targets).
         coefficients: shape (num_inputs, num_targets).
         norm: "random-walk" or "density".
+        density: q(tau) >= 0 to put under the integral, for example a `diagnostics.Scale`; 1 if None.
 
     Returns:
         sqrt of the integral of the squared difference, float64, shape (num_targets,). Unit: sqrt(time)
-        for the random walk, 1/sqrt(time) for the density.
+        for the random walk, 1/sqrt(time) for the density; times that of sqrt(q).
     """
-    nodes, weights = _quadrature([*inputs, *targets])
+    nodes, weights = quadrature([*inputs, *targets])
+    if density is not None:
+        weights = weights * density(nodes)
     total = np.zeros(len(targets))
     for start in range(0, len(nodes), 4096):  # bounded memory: 4096 x num_inputs values at a time
         tau = nodes[start : start + 4096]
         view = _views(inputs, tau, norm) @ coefficients - _views(targets, tau, norm)
         total += weights[start : start + 4096] @ view**2
     return np.sqrt(total)
+
+
+def tails(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
+    """Tails of many profiles at rising times `tau`, shape (num_tau, num_profiles)."""
+    return _views(profiles, tau, "random-walk")
 
 
 def _views(profiles: Sequence[Profile], tau: FloatArray, norm: Norm) -> FloatArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -364,6 +365,14 @@ class TensorFileWriter:
         header = self._render({"format": "pt", **metadata})
         assert len(header) == len(self._header), "metadata may change its values, not its length"
         self._header = header
+
+    def data_sha256(self) -> str:
+        """sha256 of the data part as it is written now: what kohya's tools know a file by."""
+        hasher, position = hashlib.sha256(), len(self._header)
+        while data := os.pread(self._descriptor, 1 << 20, position):
+            hasher.update(data)
+            position += len(data)
+        return hasher.hexdigest()
 
     @property
     def header_checksum(self) -> str:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from posthoc_ema.codecs import FLOAT8, FLOATING, AnyArray, Float32Array, decode, encode
-from posthoc_ema.errors import ConfigError, PhemaWarning, SynthesisError
+from posthoc_ema.codecs import FLOAT8, AnyArray, decode
+from posthoc_ema.errors import ConfigError, PhemaWarning
 from posthoc_ema.fitting import FitNorm
-from posthoc_ema.snapshot import METADATA_KEY
 from posthoc_ema.store import SnapshotStore
-from posthoc_ema.synthesis.combine import Block, Group, combine
+from posthoc_ema.synthesis.combine import Block
+from posthoc_ema.synthesis.layouts import Layout, single_file, table_tensors
 from posthoc_ema.synthesis.plan import SynthesisPlan, out_of_reach, plan_synthesis
-from posthoc_ema.synthesis.reading import SnapshotSource
-from posthoc_ema.tensor_files import TensorFileWriter
+from posthoc_ema.synthesis.recipes import Recipe, store_recipe
+from posthoc_ema.synthesis.writing import Output, check_free, write_outputs
 
 
 @overload
@@ -89,14 +87,15 @@ def synthesize(
         warnings.warn(message, PhemaWarning, stacklevel=2)
     results: list[dict[str, AnyArray]] = [{} for _ in sigma_rels]
     entries = store.table.entries
-    for block in execute(store, plan):
+    recipe = store_recipe(store, plan)
+    for block in recipe.blocks(list(entries), range(len(sigma_rels))):
         entry = entries[block.name]
         for result, values in zip(results, block.values, strict=True):
             if block.name not in result:
                 result[block.name] = np.empty(entry.shape, values.dtype)
             result[block.name].reshape(-1)[block.start : block.start + len(values)] = values
-    for name, values in _read_copies(store, plan):
-        dtype = entries[name].dtype
+    for name in (e.name for e in entries.values() if not e.averaged):
+        dtype, values = entries[name].dtype, recipe.copy(name)
         # NumPy has no bfloat16 and no float8: their bits would read as integers.
         plain = decode(values, dtype) if dtype in ("bfloat16", *FLOAT8) else values
         for result in results:
@@ -134,86 +133,64 @@ def synthesize_to_files(
         SynthesisError: a value overflows float16.
     """
     assert len(paths) == len(plan.sigma_rels)
-    if dtype != "model" and dtype not in FLOATING:
-        raise ConfigError(f"dtype must be model, float32, float16 or bfloat16, got {dtype!r}.")
-    entries, aliases = store.table.entries, store.table.aliases
-    dtypes = {
-        e.name: (e.dtype if dtype == "model" or not e.averaged else dtype) for e in entries.values()
-    }
-    names_of = {name: [name] for name in entries}
-    for alias, name in aliases.items():
-        names_of[name].append(alias)
-    layout = [
-        (name, dtypes[main], entries[main].shape)
-        for main, names in names_of.items()
-        for name in names
-    ]
-    total = sum(math.prod(e.shape) for e in entries.values() if e.averaged)
-    done = 0
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(TensorFileWriter(path, layout, _provenance(store, plan, i)))
-            for i, path in enumerate(paths)
-        ]
-        for block in execute(store, plan):
-            for file, values in zip(files, block.values, strict=True):
-                stored = encode(values, dtypes[block.name])
-                if dtypes[block.name] == "float16" and not np.isfinite(stored).all():
-                    _refuse_overflow(block.name, values)
-                for name in names_of[block.name]:
-                    file.write(name, stored, block.start)
-            done += block.values.shape[1]
-            if progress is not None:
-                progress(done, total)
-        for name, values in _read_copies(store, plan):
-            for file in files:
-                for written in names_of[name]:
-                    file.write(written, values)
-
-
-def _refuse_overflow(name: str, values: Float32Array) -> None:
-    finite = values[np.isfinite(values)]
-    if finite.size and np.abs(finite).max() > np.finfo(np.float16).max:
-        raise SynthesisError(
-            f"tensor {name!r} holds {np.abs(finite).max():.3g}, float16 ends at 65504. "
-            "Write it with --dtype float32 or --dtype bfloat16."
-        )
-
-
-def _provenance(store: SnapshotStore, plan: SynthesisPlan, target: int) -> dict[str, str]:
-    from posthoc_ema import __version__
-
-    used = [
-        {"file": r.file, "time": r.time, "sigma_rel": r.sigma_rel, "coefficient": x}
-        for r, x in zip(plan.inputs, plan.coefficients[:, target].tolist(), strict=True)
-        if x != 0.0
-    ]
-    value = {
-        "tool": f"posthoc-ema {__version__}",
-        "kind": "synthesized",
-        "sigma_rel": plan.sigma_rels[target],
-        "time": plan.time,
-        "clock": store.clock,
-        "run_id": store.run_id,
-        "norm": plan.norm,
-        "profile_error": plan.profile_error[target],
-        "amplification": plan.amplification[target],
-        "inputs": used,
-    }
-    return {METADATA_KEY: json.dumps(value), **store.metadata}
+    tensors = table_tensors(store.table, dtype)
+    outputs = [Output(p.parent, single_file(p.name, tensors), alone=True) for p in paths]
+    write_outputs(store_recipe(store, plan), outputs, progress=progress)
 
 
 def execute(store: SnapshotStore, plan: SynthesisPlan) -> Iterator[Block]:
     """Stream all averaged tensors of a plan, see `combine`."""
-    sources = [SnapshotSource.open(store, record) for record in plan.inputs]
-    sizes = {e.name: math.prod(e.shape) for e in store.table.entries.values() if e.averaged}
-    return combine(sources, [Group(sizes, plan.coefficients.T)])
+    return store_recipe(store, plan).blocks(list(store.table.entries), range(len(plan.sigma_rels)))
 
 
-def _read_copies(store: SnapshotStore, plan: SynthesisPlan) -> Iterator[tuple[str, AnyArray]]:
-    """Buffers and frozen parameters of the target's time, as stored."""
-    names = [e.name for e in store.table.entries.values() if not e.averaged]
-    if names:
-        source = SnapshotSource.open(store, next(r for r in plan.inputs if r.time == plan.time))
-        for name in names:
-            yield name, source.read_copy(name)
+def synthesize_to_folders(
+    recipe: Recipe,
+    folders: Sequence[Path],
+    layout: Layout,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Output]:
+    """Execute a recipe into model folders, one per target, in bounded memory.
+
+    Each folder gets the weights (in one file or in shards), the base's configuration files, a model
+    card, phema.json with the provenance, and the index of the shards last. What an interrupted call
+    left is continued: finished files are recognised by their digest.
+
+    Args:
+        recipe: from `store_recipe` or `checkpoint_recipe`.
+        folders: existing folders, (num_targets).
+        layout: from `like_layout` or `sharded`.
+        overwrite: replace files of other content.
+        progress: called with (elements done, elements in all).
+
+    Returns:
+        What was written where.
+
+    Raises:
+        ConfigError: a file of other content is there, or a folder is the base itself.
+        SnapshotFormatError: an input is damaged.
+        SnapshotWriteError: an output cannot be written; run again to continue.
+        SynthesisError: a value overflows float16.
+    """
+    outputs = [_beside(Output(folder, layout)) for folder in folders]
+    if not overwrite:
+        check_free(recipe, outputs)
+    write_outputs(recipe, outputs, resume=not overwrite, progress=progress)
+    return outputs
+
+
+def _beside(output: Output) -> Output:
+    """An output in the base's own folder: its configuration is there already, its weights must stay."""
+    base = output.layout.like
+    if (
+        base is None
+        or output.folder.resolve() != (base if base.is_dir() else base.parent).resolve()
+    ):
+        return output
+    if output.layout.variant is None:
+        raise ConfigError(
+            f"--out {output.folder} is the base itself, whose weights would be lost. Choose another "
+            "folder, or set --variant ema to write beside them."
+        )
+    return replace(output, layout=replace(output.layout, copied=()))

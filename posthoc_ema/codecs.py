@@ -1,4 +1,7 @@
-"""How a float32 average becomes stored bytes and back: float32, float16, bfloat16.
+"""How a float32 average becomes stored bytes and back: float32, float16, bfloat16, deltas.
+
+A delta codec stores the difference to an earlier stored average (`snapshot_files` and `chains` say which);
+here is only how the numbers of that difference are written.
 
 Numbers here are plain NumPy; bfloat16, which NumPy does not know, is held as its 16 bits in uint16.
 """
@@ -14,6 +17,15 @@ from posthoc_ema.errors import ConfigError
 
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
+Codec = Literal["float32", "float16", "bfloat16", "delta-float16", "delta-int8"]
+CODECS: tuple[str, ...] = get_args(Codec)
+_ELEMENTS = {"delta-float16": "float16", "delta-int8": "int8"}
+KEY_FRAME: dict[str, str] = {"delta-float16": "float32", "delta-int8": "float32"}
+"""delta codec -> dtype of the files that start its chains."""
+BLOCK = 64
+"""Elements that share one scale in delta-int8."""
+SCALES = ":scales"
+"""What the name of a delta-int8 tensor's scales adds to the tensor's."""
 
 AnyArray = npt.NDArray[Any]
 Float32Array = npt.NDArray[np.float32]
@@ -55,15 +67,25 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(_TABLE[DTYPE_CODES[name]][1])
 
 
-def check_store_dtype(dtype: str) -> StoreDtype:
-    """Return `dtype` if averages can be stored in it.
+def check_codec(codec: str) -> Codec:
+    """Return `codec` if averages can be stored by it.
 
     Raises:
-        ConfigError: it is not one of float32, float16, bfloat16.
+        ConfigError: it is not one of `CODECS`.
     """
-    if dtype not in STORE_DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(STORE_DTYPES)}, got {dtype!r}.")
-    return dtype  # type: ignore[return-value]  # membership in the Literal was just checked
+    if codec not in CODECS:
+        raise ConfigError(f"dtype must be one of {', '.join(CODECS)}, got {codec!r}.")
+    return codec  # type: ignore[return-value]  # membership in the Literal was just checked
+
+
+def is_delta(codec: str) -> bool:
+    """Whether files of this codec hold differences to an earlier average."""
+    return codec in _ELEMENTS
+
+
+def element_dtype(codec: str) -> str:
+    """Dtype of the numbers in a file of `codec`, for example "delta-float16" -> "float16"."""
+    return _ELEMENTS.get(codec, codec)
 
 
 def fits(values: Float32Array, dtype: str) -> bool:
@@ -154,3 +176,41 @@ def _widen_float16(stored: AnyArray, out: Float32Array) -> None:
     np.left_shift(stored.view(np.int16), np.int32(13), out=bits, dtype=np.int32)
     np.bitwise_and(bits, np.int32(-0x70002000), out=bits)  # 0x8FFFE000
     np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def encode_int8_blocks(values: Float32Array) -> tuple[AnyArray, AnyArray]:
+    """Round to int8 with one scale per block of `BLOCK` elements, symmetric around zero.
+
+    Args:
+        values: finite float32, shape (n,).
+
+    Returns:
+        int8 of shape (n,) in [-127, 127], and the scales, bfloat16 bits (uint16), one per block. Scales
+        are rounded up to bfloat16, so nothing is clipped: |value - scale * int8| <= scale / 2.
+
+    Example:
+        >>> stored, scales = encode_int8_blocks(np.array([1.0, -0.5], dtype=np.float32))
+        >>> stored.tolist(), decode_int8_blocks(stored, scales, np.empty(2, "f4")).round(2).tolist()
+        ([127, -64], [1.0, -0.5])
+    """
+    padded = np.zeros((-(-len(values) // BLOCK), BLOCK), dtype=np.float32)
+    padded.reshape(-1)[: len(values)] = values
+    largest = np.maximum(padded.max(axis=1, initial=0), -padded.min(axis=1, initial=0))
+    bits = (largest / np.float32(127)).view(np.uint32)
+    scales = ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype("<u2")
+    widened = decode(scales, "bfloat16")[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.divide(padded, widened, out=padded, where=widened > 0)
+    stored = np.rint(padded, out=padded).astype(np.int8)
+    return stored.reshape(-1)[: len(values)], scales
+
+
+def decode_int8_blocks(stored: AnyArray, scales: AnyArray, out: Float32Array) -> Float32Array:
+    """Inverse of `encode_int8_blocks`, into `out`, float32 of shape (n,)."""
+    whole = len(stored) // BLOCK * BLOCK
+    widened = decode(scales, "bfloat16")
+    blocks = stored[:whole].reshape(-1, BLOCK)
+    np.multiply(blocks, widened[: len(blocks), None], out=out[:whole].reshape(-1, BLOCK))
+    if whole < len(stored):
+        np.multiply(stored[whole:], widened[-1], out=out[whole:])
+    return out

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posthoc_ema.codecs import SCALES
 from posthoc_ema.errors import (
     SnapshotError,
     SnapshotFormatError,
@@ -20,9 +21,9 @@ from posthoc_ema.snapshot import (
     SnapshotRecord,
     TensorEntry,
     TensorTable,
-    file_name,
     is_snapshot_file_name,
-    profile_from_json,
+    kind_of,
+    revision_of,
 )
 from posthoc_ema.tensor_files import Header, no_duplicates, read_header
 
@@ -124,9 +125,25 @@ def _parse_manifest(value: dict[str, Any]) -> Manifest:
     if len({record.file for record in records}) != len(records):
         raise ValueError("a file stands in it twice")
     for record in records:
-        if record.file != file_name(record.time, record.profile):
+        if revision_of(record) is None:
             raise ValueError(f"{record.file}: its name and its profile do not agree")
+    if len({(record.time, kind_of(record.profile)) for record in records}) != len(records):
+        raise ValueError("an average stands in it twice")
+    _check_bases(records)
     return Manifest(run_id, clock, TensorTable.from_json(value), metadata, records)
+
+
+def _check_bases(records: tuple[SnapshotRecord, ...]) -> None:
+    by_file = {record.file: record for record in records}
+    for record in records:
+        if record.base is not None:
+            base = by_file.get(record.base)
+            if base is None:
+                raise ValueError(f"{record.file}: its base {record.base!r} is not listed")
+            if base.time >= record.time or kind_of(base.profile) != kind_of(record.profile):
+                raise ValueError(
+                    f"{record.file}: {record.base} is not an earlier average of its kind"
+                )
 
 
 def own_description(path: Path, header: Header) -> dict[str, Any]:
@@ -187,13 +204,33 @@ def rebuild_manifest(folder: Path) -> Manifest:
                 f"{path.name} and {first.name} are not of one run. Move the files of the other run "
                 "elsewhere first."
             )
-    records = sorted((record for *_, record in found), key=lambda r: (r.time, r.sigma_rel or 0.0))
-    return Manifest(
-        manifest.run_id, manifest.clock, manifest.table, manifest.metadata, tuple(records)
-    )
+    records = _with_bases([(record, own.get("base")) for *_, own, record in found])
+    return Manifest(manifest.run_id, manifest.clock, manifest.table, manifest.metadata, records)
+
+
+def _with_bases(found: list[tuple[SnapshotRecord, Any]]) -> tuple[SnapshotRecord, ...]:
+    """Records with the files of their bases filled in; those whose base is lost are left out.
+
+    Of several revisions of one average, left by a crash, the newest counts.
+    """
+    newest: dict[tuple[int, str], tuple[SnapshotRecord, Any]] = {}
+    for record, base_time in sorted(found, key=lambda pair: revision_of(pair[0]) or 0):
+        newest[record.time, kind_of(record.profile)] = (record, base_time)
+    kept: dict[tuple[int, str], SnapshotRecord] = {}
+    for (time, kind), (record, base_time) in sorted(newest.items()):
+        if base_time is None:
+            kept[time, kind] = record
+        elif (base_time, kind) in kept:
+            kept[time, kind] = replace(record, base=kept[base_time, kind].file)
+    return tuple(sorted(kept.values(), key=lambda r: (r.time, r.file)))
 
 
 def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecord:
+    base, noise = own.get("base"), own.get("noise")
+    if not isinstance(base, int | None) or isinstance(base, bool):
+        raise ValueError("its base is no time")
+    if not isinstance(noise, str | None):
+        raise ValueError("its noise is no number")
     row = {
         "file": path.name,
         "time": own.get("time"),
@@ -201,9 +238,11 @@ def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecor
         "dtype": own.get("dtype"),
         "bytes": header.file_bytes,
         "header_xxh3": header.checksum,
+        "base": None if base is None else "",  # which file it is, is known when all are read
+        "noise": None if noise is None else float(noise),
     }
     record = SnapshotRecord.from_json(row)
-    if record.file != file_name(record.time, profile_from_json(row["profile"], record.time)):
+    if revision_of(record) is None:
         raise ValueError("its name and its profile do not agree")
     return record
 
@@ -225,7 +264,8 @@ def _manifest_of(path: Path, header: Header, own: dict[str, Any]) -> Manifest:
         }
         table = TensorTable.from_json(TensorTable(entries, own["aliases"]).to_json())
         user = {k: v for k, v in header.metadata.items() if k not in ("format", METADATA_KEY)}
-        if set(entries) != set(header.tensors) or own["clock"] not in CLOCKS:
+        scales = {n + SCALES for n in dtypes if header.tensors[n].dtype == "int8"}
+        if {*entries, *scales} != set(header.tensors) or own["clock"] not in CLOCKS:
             raise ValueError
         return Manifest(str(own["run_id"]), own["clock"], table, user, ())
     except (KeyError, TypeError, ValueError):

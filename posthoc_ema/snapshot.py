@@ -7,20 +7,22 @@ File names repeat it for people. docs/reference/store-format.md is the normative
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from posthoc_ema.codecs import DTYPE_CODES, FLOATING, STORE_DTYPES
+from posthoc_ema.codecs import BLOCK, CODECS, DTYPE_CODES, FLOATING, SCALES, element_dtype, is_delta
 from posthoc_ema.errors import InvalidProfileError
 from posthoc_ema.profiles import PointProfile, PowerProfile
 from posthoc_ema.tensor_files import data_order
 
-SCHEMA = 1
+SCHEMA = 2
 METADATA_KEY = "posthoc_ema"
 CLOCKS = ("steps", "images")
-_FILE_NAME = re.compile(r"\d{12,}-(raw|sigma_rel-[0-9.e-]+)\.safetensors")
+_FILE_NAME = re.compile(r"\d{12,}-(raw|sigma_rel-[0-9.e-]+)(-v\d{1,9})?\.safetensors")
+_REVISION = re.compile(r"-v(\d+)\.safetensors$")
 
 StoredProfile = PowerProfile | PointProfile
 
@@ -103,9 +105,11 @@ class SnapshotRecord:
         file: name of its file inside the store's folder.
         time: training time, exact, in the store's clock.
         profile: which average; `PointProfile` is the raw weights.
-        dtype: how averaged tensors are stored.
+        dtype: codec of the averaged tensors, one of `codecs.CODECS`.
         file_bytes: size of the file.
         header_checksum: xxh3_64 of the file's header, which holds the checksums of the tensors.
+        base: file of the average to which this one is the difference; None if it stands by itself.
+        noise: mean square storage error of an averaged element; None if it was not measured (schema 1).
     """
 
     file: str
@@ -114,6 +118,8 @@ class SnapshotRecord:
     dtype: str
     file_bytes: int
     header_checksum: str
+    base: str | None = None
+    noise: float | None = None
 
     @property
     def sigma_rel(self) -> float | None:
@@ -129,6 +135,8 @@ class SnapshotRecord:
             "dtype": self.dtype,
             "bytes": self.file_bytes,
             "header_xxh3": self.header_checksum,
+            **({"base": self.base} if self.base is not None else {}),
+            **({"noise": self.noise} if self.noise is not None else {}),
         }
 
     @staticmethod
@@ -144,12 +152,26 @@ class SnapshotRecord:
         if type(time) is not int or not 0 < time < 2**63:
             raise ValueError(f"{file}: the time {time!r} is not a positive integer")
         dtype, size, digest = value.get("dtype"), value.get("bytes"), value.get("header_xxh3")
-        if dtype not in STORE_DTYPES:
+        if dtype not in CODECS:
             raise ValueError(f"{file}: the dtype {dtype!r} is not one that averages are stored in")
+        base, noise = value.get("base"), value.get("noise")
+        if is_delta(dtype) != (base is not None) or not isinstance(base, str | None):
+            raise ValueError(f"{file}: its base {base!r} does not fit its dtype {dtype}")
+        if noise is not None and not (
+            isinstance(noise, int | float) and not isinstance(noise, bool) and 0 <= noise < math.inf
+        ):
+            raise ValueError(f"{file}: its noise {noise!r} is not a variance")
         if type(size) is not int or size < 0 or not isinstance(digest, str):
             raise ValueError(f"{file}: its size or checksum is malformed")
         profile = profile_from_json(value.get("profile"), time)
-        return SnapshotRecord(file, time, profile, dtype, size, digest)
+        return SnapshotRecord(
+            file, time, profile, dtype, size, digest, base, None if noise is None else float(noise)
+        )
+
+
+def kind_of(profile: StoredProfile) -> str:
+    """The profile without its time: what averages of one run that are the same length share."""
+    return json.dumps(profile_to_json(profile), sort_keys=True)
 
 
 def profile_to_json(profile: StoredProfile) -> dict[str, Any]:
@@ -175,18 +197,37 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
         raise ValueError(str(error)) from None
 
 
-def file_name(time: int, profile: StoredProfile) -> str:
-    """Name of the file of an average: unique, because repr of a float is exact."""
+def file_name(time: int, profile: StoredProfile, revision: int = 0) -> str:
+    """Name of the file of an average: unique, because repr of a float is exact.
+
+    Args:
+        time: training time.
+        profile: which average.
+        revision: counts the files that have held this average: a listed file is never replaced.
+    """
     # float(): the repr of a NumPy scalar is no number
     label = (
         "raw" if isinstance(profile, PointProfile) else f"sigma_rel-{float(profile.sigma_rel)!r}"
     )
-    return f"{time:012d}-{label}.safetensors"
+    suffix = f"-v{revision}" if revision else ""
+    return f"{time:012d}-{label}{suffix}.safetensors"
+
+
+def revision_of(record: SnapshotRecord) -> int | None:
+    """Revision in the name of a record's file; None if name and record do not agree."""
+    found = _REVISION.search(record.file)
+    revision = int(found[1]) if found else 0
+    return revision if record.file == file_name(record.time, record.profile, revision) else None
 
 
 def is_snapshot_file_name(name: str) -> bool:
     """Whether a store could have written a file of this name."""
     return _FILE_NAME.fullmatch(name) is not None
+
+
+def noise_text(noise: float) -> str:
+    """A variance as text of constant length, so that it can be filled in when a file is complete."""
+    return f"{max(noise, 1e-99) if noise else 0.0:.8e}"
 
 
 @dataclass(frozen=True)
@@ -203,6 +244,8 @@ class SnapshotMetadata:
         widened: averaged tensors kept in float32 because they would overflow `dtype`.
         checksums: tensor name -> xxh3_64 of its stored bytes, 16 hex digits.
         user: the run's own string map.
+        base: time of the average of the same length to which this one is the difference, or None.
+        noise: mean square storage error of an averaged element.
     """
 
     run_id: str
@@ -214,19 +257,29 @@ class SnapshotMetadata:
     widened: tuple[str, ...]
     checksums: dict[str, str]
     user: dict[str, str]
+    base: int | None = None
+    noise: float = 0.0
 
     def stored_dtype(self, entry: TensorEntry) -> str:
         """Name of the dtype in which the file holds `entry`."""
         if not entry.averaged:
             return entry.dtype
-        return "float32" if entry.name in self.widened else self.dtype
+        return "float32" if entry.name in self.widened else element_dtype(self.dtype)
 
     def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, stored dtype, shape) of every tensor of the file."""
-        return [(e.name, self.stored_dtype(e), e.shape) for e in self.table.entries.values()]
+        """(name, stored dtype, shape) of every tensor of the file, scales included."""
+        return [row for e in self.table.entries.values() for row in self._rows(e)]
+
+    def _rows(self, entry: TensorEntry) -> list[tuple[str, str, tuple[int, ...]]]:
+        dtype = self.stored_dtype(entry)
+        rows = [(entry.name, dtype, entry.shape)]
+        if entry.averaged and dtype == "int8":
+            blocks = -(-math.prod(entry.shape) // BLOCK)
+            rows.append((entry.name + SCALES, "bfloat16", (blocks,)))
+        return rows
 
     def to_metadata(self) -> dict[str, str]:
-        """Metadata of the safetensors file; its length does not depend on the checksums' values."""
+        """Metadata of the safetensors file; its length does not depend on checksums and noise."""
         value = {
             "schema": SCHEMA,
             "run_id": self.run_id,
@@ -234,6 +287,8 @@ class SnapshotMetadata:
             "time": self.time,
             "profile": profile_to_json(self.profile),
             "dtype": self.dtype,
+            **({} if self.base is None else {"base": self.base}),
+            "noise": noise_text(self.noise),
             "widened": list(self.widened),
             "copied": [e.name for e in self.table.entries.values() if not e.averaged],
             "model_dtypes": {e.name: e.dtype for e in self.table.entries.values() if e.averaged},

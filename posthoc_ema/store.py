@@ -11,6 +11,7 @@ import contextlib
 import operator
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Self
 
 import filelock
 
-from posthoc_ema.codecs import AnyArray, Float32Array, check_store_dtype, encode, fits
+from posthoc_ema.chains import chain, dependents, next_base
+from posthoc_ema.codecs import KEY_FRAME, SCALES, AnyArray, check_codec, is_delta
 from posthoc_ema.errors import (
     ConfigError,
+    PhemaWarning,
     SnapshotError,
     SnapshotFormatError,
     SnapshotMismatchError,
@@ -41,22 +44,33 @@ from posthoc_ema.snapshot import (
     SnapshotMetadata,
     SnapshotRecord,
     StoredProfile,
-    TensorEntry,
     TensorTable,
     file_name,
     is_snapshot_file_name,
+    kind_of,
+    revision_of,
+)
+from posthoc_ema.snapshot_files import (
+    CHUNK,
+    RESTORE,
+    ArraySource,
+    AverageReader,
+    KeyFrameNeededError,
+    Source,
+    StoredFile,
+    check_tensors,
+    write_snapshot,
 )
 from posthoc_ema.tensor_files import (
     Header,
-    TensorFile,
-    TensorFileWriter,
-    byte_view,
-    checksum,
     fsync_directory,
     is_temporary_name,
     read_header,
     write_json,
 )
+
+LONGEST_CHAIN = 16
+"""Files in a chain of differences: a damaged one takes at most the rest of its chain along."""
 
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
@@ -68,7 +82,10 @@ class NewAverage:
 
     Attributes:
         profile: which average; its end must be the snapshot's time.
-        dtype: "float32", "float16" or "bfloat16".
+        dtype: "float32", "float16", "bfloat16", "delta-float16" or "delta-int8". Raw weights, which are
+            replaced by the next ones, are never stored as a difference.
+        noise: mean square error that the values already carry, for example because they were stored
+            before.
         read: name -> tensor. Averaged tensors come as float32 arrays, copied ones as the bits of their
             own dtype (bfloat16 as uint16). Called once or twice per name.
     """
@@ -76,14 +93,22 @@ class NewAverage:
     profile: StoredProfile
     dtype: str
     read: Callable[[str], AnyArray]
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that `verify` found: which file, what about it, and what to do."""
+    """Something that `verify` found.
+
+    Attributes:
+        file: which file.
+        what: what about it, and what to do.
+        takes_along: files of averages that are stored as differences to it and lost with it.
+    """
 
     file: str
     what: str
+    takes_along: tuple[str, ...] = ()
 
 
 class SnapshotStore:
@@ -220,7 +245,7 @@ class SnapshotStore:
             store = cls(folder, read_manifest(folder), lock)
             store._check_same_run(run_id, clock, table)
             store._clean_up()
-            store.remove(record for record in store.records if record.time > time)
+            store.drop([record for record in store.records if record.time > time])
         except BaseException:
             lock.release()
             raise
@@ -304,7 +329,7 @@ class SnapshotStore:
     @property
     def times(self) -> list[int]:
         """Times at which averages are stored (the raw weights alone do not count), rising."""
-        return sorted({r.time for r in self.records if r.sigma_rel is not None})
+        return sorted({r.time for r in self.records if not isinstance(r.profile, PointProfile)})
 
     @property
     def sigma_rels(self) -> list[float]:
@@ -313,8 +338,9 @@ class SnapshotStore:
 
     def find(self, time: int, profile: StoredProfile) -> SnapshotRecord | None:
         """The record of one average, or None."""
-        wanted = file_name(time, profile)
-        return next((record for record in self.records if record.file == wanted), None)
+        kind = kind_of(profile)
+        at_time = (record for record in self.records if record.time == time)
+        return next((record for record in at_time if kind_of(record.profile) == kind), None)
 
     def path(self, record: SnapshotRecord) -> Path:
         """Where the file of a record is."""
@@ -335,17 +361,35 @@ class SnapshotStore:
                 f"{path}: belongs to run {own.get('run_id')}, the store to run {self.run_id}. "
                 "Snapshots of two runs cannot be combined; restore the file that was stored here."
             )
-        _check_tensors(path, header, self.table)
+        check_tensors(path, header, self.table)
         if header.file_bytes != record.file_bytes or header.checksum != record.header_checksum:
             raise SnapshotFormatError(
-                f"{path}: differs from the file that was stored (size or header checksum). "
-                "Restore it from a copy, or take it out of the store: `phema verify --drop`."
+                f"{path}: differs from the file that was stored (size or header checksum). {RESTORE}"
             )
         digests = own.get("xxh3", "")
         names = list(header.tensors)  # in the order of their data
         if not isinstance(digests, str) or len(digests) != 16 * len(names):
             raise SnapshotFormatError(f"{path}: its table of checksums is malformed.")
         return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
+
+    def read(self, record: SnapshotRecord) -> AverageReader:
+        """Open one average for reading, whatever it is stored as; use as a context manager.
+
+        Raises:
+            SnapshotFormatError: a file of its chain is missing or damaged.
+        """
+        return self._reader({r.file: r for r in self.records}, record)
+
+    def _reader(
+        self, by_file: Mapping[str, SnapshotRecord], record: SnapshotRecord
+    ) -> AverageReader:
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(StoredFile(self.path(link), *self.header(link)))
+                for link in chain(by_file, record)
+            ]
+            stack.pop_all()
+        return AverageReader(files)
 
     def verify(self) -> Iterator[Problem]:
         """Check every byte of every file; yields what is wrong, and goes on after each problem.
@@ -355,10 +399,16 @@ class SnapshotStore:
         """
         for record in self.records:
             try:
-                yield from self._verify_file(record)
+                self._verify_file(record)
             except SnapshotError as error:
                 if record in read_manifest(self.folder).records:
-                    yield Problem(record.file, str(error).removeprefix(f"{self.path(record)}: "))
+                    what = str(error).removeprefix(f"{self.path(record)}: ")
+                    along = tuple(r.file for r in dependents(self.records, [record]))
+                    if along:
+                        what += (
+                            f" It takes {len(along)} averages along, stored as differences to it."
+                        )
+                    yield Problem(record.file, what, along)
         present = sorted(path.name for path in self.folder.iterdir())
         listed = {r.file for r in (*self.records, *read_manifest(self.folder).records)}
         for name in present:
@@ -380,16 +430,21 @@ class SnapshotStore:
         except (filelock.Timeout, OSError):
             return True
 
-    def _verify_file(self, record: SnapshotRecord) -> Iterator[Problem]:
+    def _verify_file(self, record: SnapshotRecord) -> None:
         header, digests = self.header(record)
-        with TensorFile(self.path(record), header) as file:
+        damaged = []
+        with StoredFile(self.path(record), header, digests) as file:
             for name, info in header.tensors.items():
-                if checksum(byte_view(file.read_bytes(info.start, info.end))) != digests[name]:
-                    yield Problem(
-                        record.file,
-                        f"the data of tensor {name!r} is damaged (checksum). "
-                        "Restore the file from a copy, or take it out of the store: `phema verify --drop`.",
-                    )
+                try:
+                    for start in range(0, info.size, CHUNK) if info.size else [0]:
+                        file.bits(name, start, min(info.size, start + CHUNK))
+                except SnapshotFormatError:
+                    damaged.append(repr(name.removesuffix(SCALES)))
+        if damaged:
+            raise SnapshotFormatError(
+                f"{self.path(record)}: the data of {len(damaged)} tensors is damaged (checksum): "
+                f"{', '.join(damaged[:3])}{' ...' if damaged[3:] else ''}. {RESTORE}"
+            )
 
     # ---- changing
 
@@ -416,46 +471,163 @@ class SnapshotStore:
         # A file that the manifest lists is never replaced: between its renaming and the manifest's a
         # kill would leave the two contradicting each other.
         averages = [a for a in averages if self.find(time, a.profile) is None]
-        new: list[SnapshotRecord] = []
         has_raw = any(isinstance(average.profile, PointProfile) for average in averages)
         old_raw = {
             record.file
             for record in self.records
             if replace_raw and has_raw and isinstance(record.profile, PointProfile)
         }
+        sources = [(a, ArraySource(a.read)) for a in averages]
+        return self._add(time, sources, old_raw)
+
+    def _add(
+        self, time: int, averages: Sequence[tuple[NewAverage, Source]], replaced: set[str]
+    ) -> list[SnapshotRecord]:
+        new: list[SnapshotRecord] = []
         try:
-            for average in averages:
-                new.append(self._write(time, average))
+            for average, source in averages:
+                new.append(self._write(time, average, source))
             if new:
-                self._commit([*(r for r in self.records if r.file not in old_raw), *new])
+                self._commit([*(r for r in self.records if r.file not in replaced), *new])
         except BaseException:
-            self._undo(time, averages)
+            self._undo(file_name(time, average.profile) for average, _ in averages)
             raise
-        for name in old_raw:
+        for name in replaced:
             (self.folder / name).unlink(missing_ok=True)
         return new
 
-    def _undo(self, time: int, averages: Sequence[NewAverage]) -> None:
-        """Delete the files of an `add` that failed, unless the manifest on disk lists them.
+    def _undo(self, names: Iterable[str]) -> None:
+        """Delete new files of a change that failed, unless the manifest on disk lists them.
 
         It may have failed after the manifest was renamed (Ctrl-C, a folder that cannot be synced), so
         what is on disk decides, not what this object knows.
         """
         with contextlib.suppress(SnapshotError, OSError):  # what is left, the next resume removes
             self._manifest = read_manifest(self.folder)
-            for average in averages:
-                if self.find(time, average.profile) is None:
-                    (self.folder / file_name(time, average.profile)).unlink(missing_ok=True)
+            listed = {record.file for record in self.records}
+            for name in names:
+                if name not in listed:
+                    (self.folder / name).unlink(missing_ok=True)
+
+    def _write(self, time: int, average: NewAverage, source: Source) -> SnapshotRecord:
+        codec = check_codec(average.dtype)
+        by_file = {record.file: record for record in self.records}
+        base = None
+        if is_delta(codec) and not isinstance(average.profile, PointProfile):
+            base = next_base(by_file.values(), time, kind_of(average.profile), LONGEST_CHAIN)
+        return self._write_difference(by_file, base, time, average, source, 0)[0]
+
+    def _write_difference(
+        self,
+        by_file: Mapping[str, SnapshotRecord],
+        base: SnapshotRecord | None,
+        time: int,
+        average: NewAverage,
+        source: Source,
+        revision: int,
+    ) -> tuple[SnapshotRecord, float]:
+        """Write a file as the difference to `base`, or by itself; its record and the error that added."""
+        codec = average.dtype
+        draft = SnapshotMetadata(
+            run_id=self.run_id,
+            clock=self.clock,
+            time=time,
+            profile=average.profile,
+            dtype=codec if base else KEY_FRAME.get(codec, codec),
+            table=self.table,
+            widened=(),
+            checksums={},
+            user=self.metadata,
+            base=base.time if base else None,
+            noise=average.noise,
+        )
+        path = self.folder / file_name(time, average.profile, revision)
+        if base is None:
+            return write_snapshot(path, draft, source, None)
+        try:
+            with self._reader(by_file, base) as reader:
+                record, added = write_snapshot(path, draft, source, reader)
+            return replace(record, base=base.file), added
+        except (KeyFrameNeededError, SnapshotFormatError) as error:
+            if isinstance(error, SnapshotFormatError):
+                warnings.warn(
+                    f"{error} The average of time {time} is stored by itself, not as a difference.",
+                    PhemaWarning,
+                    stacklevel=2,
+                )
+            return self._write_difference(by_file, None, time, average, source, revision)
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
-        """Take records out of the manifest, then delete their files."""
+        """Take averages out of the store; what is stored as a difference to them is written anew.
+
+        Crash-safe: new files first, then the manifest, then the old files go.
+
+        Raises:
+            SnapshotFormatError: a file that must be written anew cannot be read: `drop` damaged ones.
+            SnapshotWriteError: a file could not be written; the store is as it was.
+        """
         self._check_writable()
-        names = {record.file for record in records}
-        if not names:
+        gone = {record.file for record in records}
+        if not gone:
             return
-        self._commit([record for record in self.records if record.file not in names])
-        for name in names:
+        by_file = {record.file: record for record in self.records}
+        rewritten: dict[str, SnapshotRecord] = {}
+        added: dict[str, float] = {}  # file -> error that writing a base anew moved it by
+        try:
+            for record in self.records:  # by time: bases come before what stands on them
+                if record.file in gone or record.base is None:
+                    continue
+                if record.base in gone:
+                    rewritten[record.file], added[record.file] = self._rebase(
+                        by_file, rewritten, gone, record
+                    )
+                elif record.base in rewritten:
+                    moved = added[record.file] = added[record.base]
+                    rewritten[record.file] = replace(
+                        record,
+                        base=rewritten[record.base].file,
+                        noise=None if record.noise is None else record.noise + moved,
+                    )
+            kept = [rewritten.get(r.file, r) for r in self.records if r.file not in gone]
+            self._commit(kept)
+        except BaseException:
+            self._undo(record.file for record in rewritten.values())
+            raise
+        listed = {record.file for record in self.records}
+        for name in by_file.keys() - listed:
             (self.folder / name).unlink(missing_ok=True)
+
+    def _rebase(
+        self,
+        by_file: Mapping[str, SnapshotRecord],
+        rewritten: Mapping[str, SnapshotRecord],
+        gone: set[str],
+        record: SnapshotRecord,
+    ) -> tuple[SnapshotRecord, float]:
+        """Write a difference anew, to the nearest base that stays (or by itself)."""
+        left = [link for link in chain(by_file, record)[:-1] if link.file not in gone]
+        base = rewritten.get(left[-1].file, left[-1]) if left else None
+        current = {**by_file, **{r.file: r for r in rewritten.values()}}
+        average = NewAverage(record.profile, record.dtype, _no_read, record.noise or 0.0)
+        revision = (revision_of(record) or 0) + 1
+        with self._reader(by_file, record) as source:
+            return self._write_difference(current, base, record.time, average, source, revision)
+
+    def drop(self, records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
+        """Take damaged averages out of the store, and those that are stored as differences to them.
+
+        Returns:
+            All records that went.
+        """
+        self._check_writable()
+        damaged = list(records)
+        lost = [*damaged, *dependents(self.records, damaged)]
+        names = {record.file for record in lost}
+        if names:
+            self._commit([record for record in self.records if record.file not in names])
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+        return lost
 
     def _check_writable(self) -> None:
         if self._lock is None or not self._lock.is_locked:
@@ -482,38 +654,6 @@ class SnapshotStore:
                 f"{self.folder} was written for another model: {difference}. "
                 "Continue with the same model, or choose a new folder."
             )
-
-    def _write(self, time: int, average: NewAverage) -> SnapshotRecord:
-        dtype = check_store_dtype(average.dtype)
-        entries = self.table.entries.values()
-        metadata = SnapshotMetadata(
-            run_id=self.run_id,
-            clock=self.clock,
-            time=time,
-            profile=average.profile,
-            dtype=dtype,
-            table=self.table,
-            widened=tuple(
-                e.name
-                for e in entries
-                if e.averaged and dtype == "float16" and not fits(_read(average, e), dtype)
-            ),
-            checksums=dict.fromkeys(self.table.entries, "0" * 16),
-            user=self.metadata,
-        )
-        path = self.folder / file_name(time, average.profile)
-        with TensorFileWriter(path, metadata.layout(), metadata.to_metadata()) as writer:
-            checksums = {}
-            for entry in entries:
-                values = _read(average, entry)
-                if entry.averaged:
-                    values = encode(values, metadata.stored_dtype(entry))
-                checksums[entry.name] = checksum(byte_view(values))
-                writer.write(entry.name, values)
-            writer.set_metadata(replace(metadata, checksums=checksums).to_metadata())
-        return SnapshotRecord(
-            path.name, time, average.profile, dtype, writer.file_bytes, writer.header_checksum
-        )
 
     def _commit(self, records: Iterable[SnapshotRecord]) -> None:
         ordered = tuple(sorted(records, key=lambda r: (r.time, r.sigma_rel or 0.0)))
@@ -548,14 +688,8 @@ def _check_time(time: int, averages: Sequence[NewAverage]) -> int:
     return time
 
 
-def _read(average: NewAverage, entry: TensorEntry) -> Float32Array:
-    values = average.read(entry.name)
-    if values.shape != entry.shape:
-        raise SnapshotMismatchError(
-            f"tensor {entry.name!r} has shape {values.shape}, the store was started with {entry.shape}. "
-            "A store holds one model; choose a new folder for a changed one."
-        )
-    return values
+def _no_read(name: str) -> AnyArray:
+    raise AssertionError(name)  # the values come from a reader
 
 
 def _lock(folder: Path) -> filelock.BaseFileLock:
@@ -573,23 +707,3 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
             f"{folder} cannot be used for snapshots: {error.strerror}. Choose a folder that you may write."
         ) from error
     return lock
-
-
-def _check_tensors(path: Path, header: Header, table: TensorTable) -> None:
-    for name, entry in table.entries.items():
-        info = header.tensors.get(name)
-        if info is None:
-            raise SnapshotMismatchError(
-                f"{path}: tensor {name!r} is missing. All snapshots of a store must come from one model."
-            )
-        if info.shape != entry.shape:
-            raise SnapshotMismatchError(
-                f"{path}: tensor {name!r} has shape {info.shape}, the store says {entry.shape}. "
-                "All snapshots of a store must come from one model."
-            )
-    extra = sorted(set(header.tensors) - set(table.entries))
-    if extra:
-        raise SnapshotMismatchError(
-            f"{path}: tensor {extra[0]!r} is not in the store's table. "
-            "All snapshots of a store must come from one model."
-        )

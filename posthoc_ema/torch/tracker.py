@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from posthoc_ema.codecs import AnyArray, check_store_dtype
+from posthoc_ema.codecs import AnyArray, check_codec
 from posthoc_ema.errors import (
     ConfigError,
     SnapshotMismatchError,
@@ -150,7 +150,7 @@ class Tracker:
         self._clock = clock
         self._samples_per_step = 1 if clock == "steps" else samples_per_step
         self._update_every = update_every
-        self._dtype = check_store_dtype(dtype)
+        self._dtype = check_codec(dtype)
         self._raw = raw
         self._run_id = run_id
         self._metadata = dict(metadata or {})

@@ -8,7 +8,7 @@ from posthoc_ema.codecs import (
     DTYPE_CODES,
     DTYPE_NAMES,
     STORE_DTYPES,
-    check_store_dtype,
+    check_codec,
     decode,
     encode,
     fits,
@@ -100,7 +100,7 @@ def test_fits_sees_what_float16_would_overflow(values, expected):
 @pytest.mark.parametrize("dtype", ["float64", "int8", "", "fp16", None])
 def test_other_store_dtypes_are_refused(dtype):
     with pytest.raises(ConfigError, match="float32, float16, bfloat16"):
-        check_store_dtype(dtype)
+        check_codec(dtype)
 
 
 def test_dtype_names_and_codes_are_inverse():

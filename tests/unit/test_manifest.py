@@ -71,6 +71,6 @@ def test_rebuild_refuses_two_runs_and_empty_folders(tmp_path):
 def test_manifest_is_readable_json_with_the_facts(tmp_path):
     make_store(tmp_path)
     value = json.loads((tmp_path / "manifest.json").read_text())
-    assert (value["schema"], value["clock"], value["run_id"]) == (1, "images", "run-1")
+    assert (value["schema"], value["clock"], value["run_id"]) == (2, "images", "run-1")
     assert value["tensors"]["steps"] == {"shape": [], "dtype": "int64", "kind": "copy"}
     assert value["snapshots"][0]["profile"] == {"kind": "power", "sigma_rel": 0.05}

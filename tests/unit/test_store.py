@@ -99,7 +99,7 @@ def test_snapshot_files_are_plain_safetensors_with_their_own_description(folder)
         stored = file.get_tensor("conv.weight")
         np.testing.assert_array_equal(stored, values_of("conv.weight", 20, 0.05))
         own = json.loads(file.metadata()["posthoc_ema"])
-    assert (own["schema"], own["run_id"], own["time"], own["clock"]) == (1, "run-1", 20, "images")
+    assert (own["schema"], own["run_id"], own["time"], own["clock"]) == (2, "run-1", 20, "images")
     assert own["profile"] == {"kind": "power", "sigma_rel": 0.05}
     assert own["copied"] == ["steps", "mask", "frozen"]
     assert own["aliases"] == {"head.weight": "conv.weight"}
@@ -501,8 +501,8 @@ def test_verify_goes_on_after_a_problem(folder):
 
 MANIFESTS = {
     "newer schema": (
-        lambda m: m.update(schema=2),
-        r"has schema 2, this version reads up to 1.*Upgrade",
+        lambda m: m.update(schema=3),
+        r"has schema 3, this version reads up to 2.*Upgrade",
     ),
     "schema text": (lambda m: m.update(schema="1"), "not a number"),
     "schema bool": (lambda m: m.update(schema=True), "not a number"),

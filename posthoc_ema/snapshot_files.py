@@ -1,0 +1,316 @@
+"""Snapshot files: reading one or a chain of them with every byte checked, and writing one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from posthoc_ema.codecs import (
+    BLOCK,
+    SCALES,
+    AnyArray,
+    Float32Array,
+    decode,
+    decode_int8_blocks,
+    encode,
+    encode_int8_blocks,
+    fits,
+    storage_dtype,
+)
+from posthoc_ema.errors import SnapshotFormatError, SnapshotMismatchError
+from posthoc_ema.snapshot import (
+    SnapshotMetadata,
+    SnapshotRecord,
+    TensorEntry,
+    TensorTable,
+    noise_text,
+)
+from posthoc_ema.tensor_files import Header, TensorFile, TensorFileWriter, byte_view
+
+CHUNK = 1 << 20
+"""Elements that are handled at once, a multiple of `codecs.BLOCK`."""
+
+RESTORE = "Restore the file from a copy, or take it out of the store: `phema verify --drop`."
+
+
+def check_tensors(path: Path, header: Header, table: TensorTable) -> None:
+    """Raise unless a file holds exactly the tensors of the table, and the scales of int8 ones.
+
+    Raises:
+        SnapshotMismatchError: a tensor is missing, extra or of another shape.
+    """
+    rule = "All snapshots of a store must come from one model."
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, entry in table.entries.items():
+        expected[name] = entry.shape
+        info = header.tensors.get(name)
+        if entry.averaged and info is not None and info.dtype == "int8":
+            expected[name + SCALES] = (-(-info.size // BLOCK),)
+    for name, shape in expected.items():
+        info = header.tensors.get(name)
+        if info is None:
+            raise SnapshotMismatchError(f"{path}: tensor {name!r} is missing. {rule}")
+        if info.shape != shape:
+            raise SnapshotMismatchError(
+                f"{path}: tensor {name!r} has shape {info.shape}, the store says {shape}. {rule}"
+            )
+    extra = sorted(set(header.tensors) - set(expected))
+    if extra:
+        raise SnapshotMismatchError(
+            f"{path}: tensor {extra[0]!r} is not in the store's table. {rule}"
+        )
+
+
+class StoredFile:
+    """One snapshot file, open for reading each tensor in order; what was read whole is checked.
+
+    Args:
+        path: the file.
+        header: its header.
+        digests: tensor -> xxh3_64 of its bytes.
+    """
+
+    def __init__(self, path: Path, header: Header, digests: dict[str, str]) -> None:
+        self.path, self.header, self.digests = path, header, digests
+        self._file = TensorFile(path, header)
+        self._hashers: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.__exit__()
+
+    def bits(self, name: str, start: int, stop: int) -> AnyArray:
+        """Elements `start` to `stop` of a tensor as stored; starts must follow on each other."""
+        info = self.header.tensors[name]
+        data = self._file.read_bytes(
+            info.start + start * info.itemsize, info.start + stop * info.itemsize
+        )
+        if start == 0:
+            self._hashers[name] = xxhash.xxh3_64()
+        hasher = self._hashers[name]
+        hasher.update(data.data)
+        if stop == info.size and hasher.hexdigest() != self.digests[name]:
+            raise SnapshotFormatError(
+                f"{self.path}: the data of tensor {name!r} is damaged (checksum). {RESTORE}"
+            )
+        return data.view(storage_dtype(info.dtype))
+
+    def values(self, name: str, start: int, stop: int) -> Float32Array:
+        """Elements `start` to `stop` of an average as float32; `start` is a multiple of BLOCK."""
+        stored = self.bits(name, start, stop)
+        dtype = self.header.tensors[name].dtype
+        if dtype != "int8":
+            return decode(stored, dtype)
+        scales = self.bits(name + SCALES, start // BLOCK, -(-stop // BLOCK))
+        out = np.empty(stop - start, dtype=np.float32)
+        return decode_int8_blocks(stored, scales, out)
+
+
+class Source(Protocol):
+    """Where the values of a snapshot come from."""
+
+    def values(self, entry: TensorEntry, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements of an average, floating, 1-D; each entry is asked for in order, from 0 on."""
+        ...
+
+    def copy(self, entry: TensorEntry) -> AnyArray:
+        """A tensor that is not averaged, as its own bits."""
+        ...
+
+
+class AverageReader:
+    """One stored average: the sum of the files of its chain, in float64. A context manager.
+
+    Args:
+        files: the open files of the chain, the average's own last.
+    """
+
+    def __init__(self, files: Sequence[StoredFile]) -> None:
+        self._files = files
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in self._files:
+            file.__exit__()
+
+    def values(self, entry: TensorEntry, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Elements `start` to `stop`, float64."""
+        total = np.zeros(stop - start)
+        for file in self._files:
+            total += file.values(entry.name, start, stop)
+        return total
+
+    def copy(self, entry: TensorEntry) -> AnyArray:
+        """A tensor that is not averaged, as stored."""
+        size = self._files[-1].header.tensors[entry.name].size
+        return self._files[-1].bits(entry.name, 0, size).reshape(entry.shape)
+
+
+class ArraySource:
+    """Values that a function gives tensor by tensor.
+
+    Args:
+        read: name -> whole tensor.
+    """
+
+    def __init__(self, read: Callable[[str], AnyArray]) -> None:
+        self._read = read
+        self._held: tuple[str, AnyArray] = ("", np.empty(0))
+
+    def values(self, entry: TensorEntry, start: int, stop: int) -> AnyArray:
+        """Elements `start` to `stop`; the tensor is fetched once."""
+        if start == 0:
+            self._held = (entry.name, self.copy(entry).reshape(-1))
+        return self._held[1][start:stop]
+
+    def copy(self, entry: TensorEntry) -> AnyArray:
+        """The whole tensor."""
+        values = self._read(entry.name)
+        if values.shape != entry.shape:
+            raise SnapshotMismatchError(
+                f"tensor {entry.name!r} has shape {values.shape}, the store was started with "
+                f"{entry.shape}. A store holds one model; choose a new folder for a changed one."
+            )
+        return values
+
+
+class KeyFrameNeededError(Exception):
+    """A difference is not finite: the average must be stored by itself."""
+
+
+class _OverflowError(Exception):
+    """Tensors that do not fit the dtype."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self.names = names
+
+
+def write_snapshot(
+    path: Path, draft: SnapshotMetadata, source: Source, base: AverageReader | None
+) -> tuple[SnapshotRecord, float]:
+    """Write one average; the file appears complete or not at all.
+
+    Args:
+        path: the file to make.
+        draft: its description; `checksums`, `widened` and `noise` are filled in here. Its noise is
+            what the values already carry.
+        source: the values.
+        base: the average to which the difference is stored (draft.base is its time), or None.
+
+    Returns:
+        Its record (without `base`, which is a file of the store), and the mean square error that
+        storing added to an averaged element.
+
+    Raises:
+        KeyFrameNeededError: a difference to `base` is not finite.
+        SnapshotWriteError: the file could not be written.
+        SnapshotMismatchError: a tensor does not have its shape.
+    """
+    try:
+        return _Writing(draft, source, base).write(path)
+    except _OverflowError as overflow:
+        widened = replace(draft, widened=tuple(overflow.names))
+        return _Writing(widened, source, base).write(path)
+
+
+@dataclass
+class _Writing:
+    """One attempt to write a snapshot."""
+
+    draft: SnapshotMetadata
+    source: Source
+    base: AverageReader | None
+    checksums: dict[str, str] = field(default_factory=dict)
+    squares: float = 0.0  # sum of squared errors of storage
+    count: int = 0  # of so many elements
+    overflown: list[str] = field(default_factory=list)
+
+    def write(self, path: Path) -> tuple[SnapshotRecord, float]:
+        draft = self.draft
+        blank = {name: "0" * 16 for name, _, _ in draft.layout()}
+        metadata = replace(draft, checksums=blank).to_metadata()
+        with TensorFileWriter(path, draft.layout(), metadata) as writer:
+            for entry in draft.table.entries.values():
+                if entry.averaged:
+                    self._average(writer, entry)
+                else:
+                    self._store(writer, entry.name, [(0, self.source.copy(entry))])
+            if self.overflown:
+                raise _OverflowError(self.overflown)
+            added = self.squares / max(self.count, 1)
+            noise = float(noise_text(draft.noise + added))
+            final = replace(draft, checksums=self.checksums, noise=noise)
+            writer.set_metadata(final.to_metadata())
+        record = SnapshotRecord(
+            path.name,
+            draft.time,
+            draft.profile,
+            draft.dtype,
+            writer.file_bytes,
+            writer.header_checksum,
+            None,
+            noise,
+        )
+        return record, added
+
+    def _store(
+        self, writer: TensorFileWriter, name: str, pieces: Iterable[tuple[int, AnyArray]]
+    ) -> None:
+        hasher = xxhash.xxh3_64()
+        for start, stored in pieces:
+            hasher.update(byte_view(stored))
+            writer.write(name, stored, start)
+        self.checksums[name] = hasher.hexdigest()
+
+    def _average(self, writer: TensorFileWriter, entry: TensorEntry) -> None:
+        dtype = self.draft.stored_dtype(entry)
+        scales: list[tuple[int, AnyArray]] = []
+        self._store(writer, entry.name, self._pieces(entry, dtype, scales))
+        if dtype == "int8":
+            self._store(writer, entry.name + SCALES, scales)
+
+    def _pieces(
+        self, entry: TensorEntry, dtype: str, scales: list[tuple[int, AnyArray]]
+    ) -> Iterable[tuple[int, AnyArray]]:
+        """(start, stored bits) of an average, chunk by chunk; int8's scales go to `scales`."""
+        size = int(np.prod(entry.shape, dtype=np.int64))
+        for start in range(0, size, CHUNK) if size else [0]:
+            stop = min(size, start + CHUNK)
+            values = self.source.values(entry, start, stop)
+            if self.base is not None:
+                values = values - self.base.values(entry, start, stop)
+                if not np.isfinite(values.sum()):
+                    raise KeyFrameNeededError
+            values = np.asarray(values, dtype=np.float32)
+            if not fits(values, dtype) and entry.name not in self.overflown:
+                self.overflown.append(entry.name)
+            if dtype == "int8":
+                stored, scale = encode_int8_blocks(values)
+                scales.append((start // BLOCK, scale))
+                back = decode_int8_blocks(stored, scale, np.empty_like(values))
+            else:
+                stored = encode(values, dtype)
+                back = decode(stored, dtype)
+            self._count_error(values, back)
+            yield start, stored
+
+    def _count_error(self, values: Float32Array, back: Float32Array) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = back - values
+        squares = float(np.vdot(error, error))
+        if not np.isfinite(squares):  # inf and nan have no error that counts
+            error = error[np.isfinite(error)]
+            squares = float(np.vdot(error, error))
+        self.squares += squares
+        self.count += len(values)

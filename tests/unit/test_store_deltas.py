@@ -1,0 +1,389 @@
+"""Stores of differences: chains, folding, damage, crashes, re-encoding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from posthoc_ema import (
+    NewAverage,
+    PhemaWarning,
+    PowerProfile,
+    SnapshotFormatError,
+    SnapshotStore,
+    SnapshotWriteError,
+    synthesize,
+)
+from posthoc_ema import store as store_module
+from posthoc_ema.chains import chain, dependents
+from posthoc_ema.codecs import decode
+from posthoc_ema.snapshot_files import CHUNK
+
+from .stores import entry, make_table
+
+DELTAS = ["delta-float16", "delta-int8"]
+SIZE = 3000
+TABLE = make_table(
+    entry("weight", (SIZE,)),
+    entry("odd", (13, 5), "bfloat16"),
+    entry("gain", ()),
+    entry("empty", (0, 3)),
+    entry("count", (), "int64", averaged=False),
+)
+TIMES = list(range(100, 2100, 100))
+
+
+def walk(time, sigma_rel, name):
+    """A path that moves slowly against its size: 1 % per snapshot."""
+    rng = np.random.default_rng([len(name), int(sigma_rel * 1000)])
+    shape = TABLE.entries[name].shape
+    start, steps = rng.normal(size=shape), rng.normal(size=(len(TIMES), *shape)) * 0.01
+    return (start + steps[: TIMES.index(time) + 1].sum(axis=0)).astype(np.float32)
+
+
+def averages(time, codec):
+    def reader(sigma_rel):
+        def read(name):
+            return (
+                np.asarray(time)
+                if name == "count"
+                else np.asarray(walk(time, sigma_rel, name), dtype=np.float32)
+            )
+
+        return read
+
+    return [NewAverage(PowerProfile(time, s), codec, reader(s)) for s in (0.05, 0.1)]
+
+
+@pytest.fixture(params=DELTAS)
+def codec(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path, codec):
+    folder = tmp_path / "store"
+    with SnapshotStore.create(folder, clock="steps", table=TABLE, run_id="r") as store:
+        for time in TIMES:
+            store.add(time, averages(time, codec))
+    return folder
+
+
+def stored(store, record, name="weight"):
+    entry_ = store.table.entries[name]
+    with store.read(record) as reader:
+        size = int(np.prod(entry_.shape))
+        pieces = [reader.values(entry_, i, min(size, i + CHUNK)) for i in range(0, size, CHUNK)]
+    return np.concatenate(pieces).reshape(entry_.shape) if pieces else np.zeros(entry_.shape)
+
+
+def errors(store, name="weight"):
+    return {
+        record.file: float(
+            np.sqrt(
+                np.mean(
+                    (stored(store, record, name) - walk(record.time, record.sigma_rel, name)) ** 2
+                )
+            )
+        )
+        for record in store.records
+    }
+
+
+def test_delta_store_keeps_averages_far_better_than_float16(folder, codec):
+    store = SnapshotStore.open(folder)
+    found = errors(store)
+    assert len(found) == 2 * len(TIMES)
+    limit = 1e-5 if codec == "delta-float16" else 2e-4  # float16 itself: 2e-4 of weights of size 1
+    assert max(found.values()) < limit
+    # no pile-up: the last of a chain is as good as its second
+    links = chain({r.file: r for r in store.records}, store.records[2 * 15])
+    assert len(links) == store_module.LONGEST_CHAIN
+    assert found[links[-1].file] < 1.5 * found[links[1].file]
+
+
+def test_delta_store_takes_the_bytes_that_it_should(folder, codec):
+    store = SnapshotStore.open(folder)
+    per_weight = {"delta-float16": 2, "delta-int8": 1 + 2 / 64}[codec]
+    weights = SIZE + 65 + 1
+    for record in store.records:
+        header, _ = store.header(record)
+        data = sum(info.end - info.start for info in header.tensors.values()) - 8
+        wanted = 4 if record.base is None else per_weight
+        assert data == pytest.approx(wanted * weights, rel=0.01)
+
+
+def test_noise_on_record_is_the_true_storage_error(folder):
+    store = SnapshotStore.open(folder)
+    for record in store.records:
+        squares = sum(
+            np.sum((stored(store, record, n) - walk(record.time, record.sigma_rel, n)) ** 2)
+            for n in ("weight", "odd", "gain")
+        )
+        assert record.noise == pytest.approx(squares / (SIZE + 66), rel=1e-3, abs=1e-13)
+
+
+def test_chains_start_anew_and_bases_are_of_the_same_length(folder):
+    store = SnapshotStore.open(folder)
+    by_file = {r.file: r for r in store.records}
+    lengths = [len(chain(by_file, r)) for r in store.records]
+    assert max(lengths) == store_module.LONGEST_CHAIN
+    assert [r.time for r in store.records if r.base is None] == [100, 100, 1700, 1700]
+    assert all(by_file[r.base].sigma_rel == r.sigma_rel for r in store.records if r.base)
+
+
+def test_synthesis_reads_a_delta_store_like_any_other(folder, tmp_path, codec):
+    with SnapshotStore.create(tmp_path / "plain", clock="steps", table=TABLE) as plain:
+        for time in TIMES:
+            plain.add(time, averages(time, "float32"))
+    limit = 1e-5 if codec == "delta-float16" else 5e-4
+    for at in (TIMES[0], TIMES[5], TIMES[-1]):
+        ours, theirs = (synthesize(f, 0.07, at=at) for f in (folder, tmp_path / "plain"))
+        assert ours.keys() == theirs.keys()
+        assert int(ours["count"]) == at
+        for name in ("weight", "odd", "gain"):
+            np.testing.assert_allclose(ours[name], theirs[name], atol=limit)
+
+
+@pytest.mark.parametrize("gone", [[500], [100], [100, 200], [300, 400, 1700], [2000]])
+def test_removing_folds_differences_into_what_stands_on_them(folder, codec, gone):
+    before = SnapshotStore.open(folder)
+    expected = {(r.time, r.sigma_rel): stored(before, r) for r in before.records}
+    with SnapshotStore.edit(folder) as store:
+        store.remove([r for r in store.records if r.time in gone and r.sigma_rel == 0.05])
+    after = SnapshotStore.open(folder)
+    assert not list(after.verify())
+    assert len(after.records) == len(before.records) - len(gone)
+    limit = 5e-5 if codec == "delta-float16" else 1e-3
+    for record in after.records:
+        difference = stored(after, record) - expected[record.time, record.sigma_rel]
+        assert np.abs(difference).max() < limit
+    kept = {r.file for r in before.records if r.sigma_rel == 0.1}
+    assert kept < {r.file for r in after.records}  # the other chain was not touched
+    for record in after.records:
+        squares = np.mean(
+            (stored(after, record) - walk(record.time, record.sigma_rel, "weight")) ** 2
+        )
+        assert squares < 4 * record.noise + 1e-13
+
+
+def test_pruning_again_and_again_stays_exact_enough(folder, codec):
+    """A store that is thinned while it grows writes the same links anew many times."""
+    with SnapshotStore.edit(folder) as store:
+        for time in [200, 300, 400, 600, 700, 900, 1000, 1100, 1300, 1400, 1500, 1700, 1800]:
+            store.remove([r for r in store.records if r.time == time])
+    store = SnapshotStore.open(folder)
+    assert not list(store.verify())
+    found = errors(store)
+    assert max(found.values()) < (3e-5 if codec == "delta-float16" else 2e-3)
+    for record in store.records:
+        assert found[record.file] ** 2 < 4 * record.noise + 1e-13
+
+
+def test_adding_after_removing_the_last_goes_on(folder, codec):
+    with SnapshotStore.edit(folder) as store:
+        store.remove([r for r in store.records if r.time >= 1900])
+        for time in (1900, 2000):
+            store.add(time, averages(time, codec))
+    store = SnapshotStore.open(folder)
+    assert not list(store.verify())
+    assert store.times == TIMES
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_crash_in_the_middle_of_folding_loses_nothing(folder, monkeypatch, moment):
+    """At each write: the new files, the manifest, and the removal of the old ones."""
+    before = SnapshotStore.open(folder)
+    expected = {r.file: stored(before, r) for r in before.records}
+    count = [0]
+    real_replace = type(folder).replace
+
+    def crash(path, target):
+        count[0] += 1
+        if count[0] == moment + 1:
+            raise KeyboardInterrupt
+        return real_replace(path, target)
+
+    doomed = [r for r in before.records if r.time in (300, 700, 1200)]
+    with monkeypatch.context() as patch, SnapshotStore.edit(folder) as store:
+        patch.setattr(type(folder), "replace", crash)
+        try:
+            store.remove(doomed)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+    assert finished == (moment >= 7)  # six files and the manifest
+    after = SnapshotStore.open(folder)
+    assert not list(after.verify())
+    if not finished:
+        assert {r.file: stored(after, r).tolist() for r in after.records} == {
+            k: v.tolist() for k, v in expected.items()
+        }
+    else:
+        assert len(after.records) == len(before.records) - 6
+
+
+def test_full_disk_while_folding_leaves_the_store_as_it_was(folder, monkeypatch):
+    before = SnapshotStore.open(folder).records
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with SnapshotStore.edit(folder) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr("posthoc_ema.tensor_files.os.ftruncate", full)
+            with pytest.raises(SnapshotWriteError, match="Make room"):
+                store.remove([r for r in store.records if r.time == 300])
+        assert store.records == before
+    assert not list(SnapshotStore.open(folder).verify())
+
+
+def test_damaged_link_is_named_with_what_it_takes_along(folder):
+    store = SnapshotStore.open(folder)
+    victim = next(r for r in store.records if r.time == 1400 and r.sigma_rel == 0.05)
+    path = store.path(victim)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    (problem,) = store.verify()
+    assert problem.file == victim.file
+    assert problem.takes_along == tuple(r.file for r in dependents(store.records, [victim]))
+    assert [int(name[:12]) for name in problem.takes_along] == [1500, 1600]
+    assert "takes 2 averages along" in problem.what
+    with pytest.raises(SnapshotFormatError, match=victim.file):
+        synthesize(folder, 0.07)
+    with SnapshotStore.edit(folder) as editable:
+        assert len(editable.drop([victim])) == 3
+    left = SnapshotStore.open(folder)
+    assert not list(left.verify())
+    assert len(left.records) == len(store.records) - 3
+    synthesize(folder, 0.07)
+
+
+def test_damaged_base_makes_the_next_average_a_key_frame(folder, codec):
+    store = SnapshotStore.open(folder)
+    path = store.path(next(r for r in store.records if r.time == 2000 and r.sigma_rel == 0.05))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    TIMES.append(2100)
+    try:
+        with SnapshotStore.edit(folder) as store, pytest.warns(PhemaWarning, match="by itself"):
+            new = store.add(2100, averages(2100, codec))
+    finally:
+        TIMES.pop()
+    assert [record.base is None for record in new] == [True, False]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_values_that_are_not_finite_start_a_new_chain(tmp_path, codec, bad):
+    table = make_table(entry("w", (100,)))
+    values = [np.full(100, float(i), dtype=np.float32) for i in range(5)]
+    values[2][7] = bad
+    with SnapshotStore.create(tmp_path / "s", clock="steps", table=table) as store:
+        for i, v in enumerate(values):
+            store.add(i + 1, [NewAverage(PowerProfile(i + 1, 0.1), codec, lambda _, v=v: v)])
+    store = SnapshotStore.open(tmp_path / "s")
+    assert [r.base is None for r in store.records] == [True, False, True, True, False]
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(stored(store, store.records[2], "w"), values[2])
+    np.testing.assert_allclose(stored(store, store.records[4], "w"), values[4], atol=1e-2)
+
+
+def test_differences_beyond_float16_are_widened(tmp_path):
+    table = make_table(entry("w", (10,)), entry("v", (10,)))
+    with SnapshotStore.create(tmp_path / "s", clock="steps", table=table) as store:
+        for time, size in ((1, 0.0), (2, 1e6)):
+            values = {"w": np.full(10, size, "f4"), "v": np.full(10, 0.1 * time, "f4")}
+            store.add(time, [NewAverage(PowerProfile(time, 0.1), "delta-float16", values.get)])
+    store = SnapshotStore.open(tmp_path / "s")
+    header, _ = store.header(store.records[1])
+    assert {n: i.dtype for n, i in header.tensors.items()} == {"w": "float32", "v": "float16"}
+    np.testing.assert_array_equal(stored(store, store.records[1], "w"), np.full(10, 1e6))
+
+
+def test_manifest_made_anew_finds_the_bases(folder):
+    before = SnapshotStore.open(folder).records
+    (folder / "manifest.json").unlink()
+    assert SnapshotStore.rebuild(folder).records == before
+    with SnapshotStore.edit(folder) as store:
+        store.remove([r for r in store.records if r.time == 300])
+        after = store.records
+    (folder / "manifest.json").unlink()
+    rebuilt = SnapshotStore.rebuild(folder)
+    assert [(r.file, r.base) for r in rebuilt.records] == [(r.file, r.base) for r in after]
+    assert not list(rebuilt.verify())
+
+
+def test_manifest_made_anew_leaves_out_what_stands_on_a_lost_file(folder):
+    store = SnapshotStore.open(folder)
+    victim = next(r for r in store.records if r.time == 1500)
+    lost = {victim.file, *(r.file for r in dependents(store.records, [victim]))}
+    store.path(victim).unlink()
+    (folder / "manifest.json").unlink()
+    rebuilt = SnapshotStore.rebuild(folder)
+    assert {r.file for r in rebuilt.records} == {r.file for r in store.records} - lost
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row: row.update(base="000000000999-sigma_rel-0.05.safetensors"), "not listed"),
+        (lambda row: row.update(base=row["file"]), "not an earlier average"),
+        (lambda row: row.update(base="000000000200-sigma_rel-0.1.safetensors"), "of its kind"),
+        (lambda row: row.pop("base"), "does not fit"),
+        (lambda row: row.update(base=7), "does not fit"),
+        (lambda row: row.update(dtype="float16"), "does not fit"),
+        (lambda row: row.update(noise=-1.0), "not a variance"),
+        (lambda row: row.update(noise="x"), "not a variance"),
+    ],
+    ids=["unlisted", "itself", "other length", "gone", "number", "plain", "negative", "text"],
+)
+def test_manifest_with_a_bad_base_is_refused(folder, change, reason):
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    row = next(
+        r for r in value["snapshots"] if r["time"] == 300 and r["profile"]["sigma_rel"] == 0.05
+    )
+    change(row)
+    path.write_text(json.dumps(value))
+    with pytest.raises(SnapshotFormatError, match=reason):
+        SnapshotStore.open(folder)
+
+
+def test_store_of_schema_1_is_read(tmp_path):
+    """As version 0.1.0 wrote it: no base, no noise, schema 1."""
+    folder = tmp_path / "s"
+    table = make_table(entry("w", (10,)))
+    with SnapshotStore.create(folder, clock="steps", table=table) as store:
+        store.add(5, [NewAverage(PowerProfile(5, 0.1), "float16", lambda _: np.ones(10, "f4"))])
+    path = folder / "manifest.json"
+    value = json.loads(path.read_text())
+    value["schema"] = 1
+    for row in value["snapshots"]:
+        del row["noise"]
+    path.write_text(json.dumps(value))
+    assert SnapshotStore.open(folder).records[0].noise is None
+    np.testing.assert_array_equal(synthesize(folder, 0.1)["w"], np.ones(10))
+    shutil.rmtree(folder)
+
+
+def test_int8_scales_are_plain_safetensors(folder, codec):
+    from safetensors import safe_open
+
+    store = SnapshotStore.open(folder)
+    record = store.records[-1]
+    with safe_open(store.path(record), "pt") as file:
+        weight = file.get_tensor("weight")
+        if codec == "delta-float16":
+            assert str(weight.dtype) == "torch.float16"
+            return
+        scales = file.get_tensor("weight:scales")
+    plain = weight.float() * scales.float().repeat_interleave(64)[:SIZE]
+    base = next(r for r in store.records if r.file == record.base)
+    difference = stored(store, record) - stored(store, base)
+    np.testing.assert_allclose(plain.numpy(), difference, atol=1e-6)
+    assert decode(np.zeros(1, "<u2"), "bfloat16")[0] == 0

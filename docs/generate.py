@@ -7,7 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("demo", "train", "sample", "evaluate", "synth", "sweep", "plot", "ls", "verify")
+COMMANDS = (
+    "demo",
+    "train",
+    "sample",
+    "evaluate",
+    "synth",
+    "sweep",
+    "plot",
+    "ls",
+    "verify",
+    "convert",
+)
 PAGE = Path(__file__).parent / "reference" / "command-line.md"
 INTRODUCTION = """\
 # Command line

@@ -12,7 +12,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from phema.commands import demo, evaluate, ls, plot, sample, sweep, synth, train, verify
+from phema.commands import convert, demo, evaluate, ls, plot, sample, sweep, synth, train, verify
 from phema.output import note
 from posthoc_ema import PhemaError, PhemaWarning, __version__
 
@@ -36,6 +36,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "plot": plot.command,
     "ls": ls.command,
     "verify": verify.command,
+    "convert": convert.command,
 }
 
 

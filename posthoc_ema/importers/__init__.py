@@ -1,0 +1,8 @@
+"""Importers: files of other tools become a store, without running anything in them."""
+
+from __future__ import annotations
+
+from posthoc_ema.importers.conversion import KINDS, detect_kind, plan_import, write_import
+from posthoc_ema.importers.plans import ImportOptions, ImportPlan
+
+__all__ = ["KINDS", "ImportOptions", "ImportPlan", "detect_kind", "plan_import", "write_import"]

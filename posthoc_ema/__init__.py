@@ -6,6 +6,20 @@ PyTorch side is `posthoc_ema.torch`.
 """
 
 from posthoc_ema.averaging import power_average, power_step_weights
+from posthoc_ema.classical_profiles import (
+    ExponentialProfile,
+    TabulatedProfile,
+    UniformProfile,
+)
+from posthoc_ema.conversions import (
+    beta_from_sigma_rel,
+    gamma_of_sparse_updates,
+    half_life_fraction_from_sigma_rel,
+    half_life_from_sigma_rel,
+    sigma_rel_from_beta,
+    sigma_rel_from_half_life,
+    sigma_rel_from_half_life_fraction,
+)
 from posthoc_ema.diagnostics import (
     Scale,
     estimate_scale,
@@ -30,6 +44,7 @@ from posthoc_ema.errors import (
 from posthoc_ema.fitting import Fit, fit
 from posthoc_ema.profiles import (
     SIGMA_REL_MAX,
+    GammaProfile,
     PointProfile,
     PowerProfile,
     Profile,
@@ -42,7 +57,11 @@ from posthoc_ema.snapshot import SnapshotRecord, TensorEntry, TensorTable
 from posthoc_ema.store import NewAverage, Problem, SnapshotStore
 from posthoc_ema.synthesis import (
     RAW,
+    Measurement,
     SynthesisPlan,
+    Synthesized,
+    TargetReport,
+    measure,
     plan_synthesis,
     synthesize,
     synthesize_to_files,
@@ -54,8 +73,11 @@ __all__ = [
     "RAW",
     "SIGMA_REL_MAX",
     "ConfigError",
+    "ExponentialProfile",
     "Fit",
+    "GammaProfile",
     "InvalidProfileError",
+    "Measurement",
     "MetricError",
     "NewAverage",
     "PhemaError",
@@ -74,13 +96,22 @@ __all__ = [
     "SnapshotWriteError",
     "SynthesisError",
     "SynthesisPlan",
+    "Synthesized",
+    "TabulatedProfile",
+    "TargetReport",
     "TensorEntry",
     "TensorTable",
     "TrackingError",
+    "UniformProfile",
     "__version__",
+    "beta_from_sigma_rel",
     "estimate_scale",
     "fit",
     "gamma_from_sigma_rel",
+    "gamma_of_sparse_updates",
+    "half_life_fraction_from_sigma_rel",
+    "half_life_from_sigma_rel",
+    "measure",
     "neighbour_pairs",
     "plan_synthesis",
     "power_average",
@@ -89,7 +120,10 @@ __all__ = [
     "power_update_weight",
     "predicted_errors",
     "sampled_scale",
+    "sigma_rel_from_beta",
     "sigma_rel_from_gamma",
+    "sigma_rel_from_half_life",
+    "sigma_rel_from_half_life_fraction",
     "synthesize",
     "synthesize_to_files",
 ]

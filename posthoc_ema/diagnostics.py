@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_ema.errors import ConfigError
-from posthoc_ema.inner_products import quadrature, residual_norms, tails
+from posthoc_ema.inner_products import residual_norms
 from posthoc_ema.profiles import FloatArray, Profile
+from posthoc_ema.quadrature import quadrature, tails
 
 _ROUNDS = 20
 """Rounds of the estimate. It settles within ten; many more would fit the scatter of single pairs."""

@@ -10,38 +10,63 @@ explanation/profiles-and-fitting.md):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
-from posthoc_ema.errors import InvalidProfileError
-from posthoc_ema.profiles import (
-    FloatArray,
-    PointProfile,
-    PowerProfile,
-    Profile,
-    gamma_from_sigma_rel,
+from posthoc_ema.profiles import FloatArray, Profile
+from posthoc_ema.quadrature import (
+    check_density,
+    densities,
+    displacements,
+    exponents_and_times,
+    power_mask,
+    quadrature,
+    tails,
 )
 
 Norm = Literal["random-walk", "density"]
 
-_GAUSS_NODES, _GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(16)
+_Block = Callable[[Sequence[Profile], Sequence[Profile]], FloatArray]
 
 
-def _exponents_and_times(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-    """Profiles as a = gamma + 1 and t, shape (num_profiles,) each; a point is the limit a = inf."""
-    for profile in profiles:
-        if not isinstance(profile, PowerProfile | PointProfile):
-            raise InvalidProfileError(
-                f"profiles must be PowerProfile or PointProfile, got {type(profile).__name__}."
-            )
-    t = np.array([profile.t for profile in profiles], dtype=np.float64)
-    a = np.full(len(profiles), np.inf)
-    is_power = np.array([isinstance(profile, PowerProfile) for profile in profiles], dtype=bool)
-    sigma_rels = [profile.sigma_rel for profile in profiles if isinstance(profile, PowerProfile)]
-    a[is_power] = gamma_from_sigma_rel(sigma_rels) + 1
-    return a, t
+def _by_kind(
+    rows: Sequence[Profile], columns: Sequence[Profile], closed: _Block, general: _Block
+) -> FloatArray:
+    """Products in closed form between power functions and points, by quadrature where others are."""
+    of_rows, of_columns = power_mask(rows), power_mask(columns)
+    if of_rows.all() and of_columns.all():
+        return closed(rows, columns)
+    products = np.empty((len(rows), len(columns)))
+    for row_kind in (True, False):
+        for column_kind in (True, False):
+            i = np.flatnonzero(of_rows == row_kind).tolist()
+            j = np.flatnonzero(of_columns == column_kind).tolist()
+            if i and j:
+                block = closed if row_kind and column_kind else general
+                products[np.ix_(i, j)] = block([rows[k] for k in i], [columns[k] for k in j])
+    return products
+
+
+def _integrals(
+    rows: Sequence[Profile],
+    columns: Sequence[Profile],
+    view: Callable[[Sequence[Profile], FloatArray], FloatArray],
+) -> FloatArray:
+    """Integrals of products of two views over [0, last end]."""
+    nodes, weights = quadrature([*rows, *columns])
+    products = np.zeros((len(rows), len(columns)))
+    for part in _parts(len(nodes), len(rows) + len(columns)):
+        tau = nodes[part]
+        products += (view(rows, tau) * weights[part, None]).T @ view(columns, tau)
+    return products
+
+
+def _parts(num_nodes: int, num_profiles: int) -> Iterator[slice]:
+    """Runs of nodes such that their views take 32 MB at most."""
+    step = max(1, 2**22 // max(num_profiles, 1))
+    return (slice(start, start + step) for start in range(0, num_nodes, step))
 
 
 def random_walk_products(rows: Sequence[Profile], columns: Sequence[Profile]) -> FloatArray:
@@ -62,7 +87,11 @@ def random_walk_products(rows: Sequence[Profile], columns: Sequence[Profile]) ->
         >>> random_walk_products([PointProfile(3)], [PointProfile(5)]).tolist()
         [[3.0]]
     """
-    (a, t_a), (b, t_b) = _exponents_and_times(rows), _exponents_and_times(columns)
+    return _by_kind(rows, columns, _closed_tails, lambda a, b: _integrals(a, b, tails))
+
+
+def _closed_tails(rows: Sequence[Profile], columns: Sequence[Profile]) -> FloatArray:
+    (a, t_a), (b, t_b) = exponents_and_times(rows), exponents_and_times(columns)
     a, t_a = a[:, None], t_a[:, None]
     m = np.minimum(t_a, t_b)
     power_a, power_b = (m / t_a) ** a, (m / t_b) ** b
@@ -86,7 +115,21 @@ def displacement_products(
     Returns:
         float64, shape (num_rows, num_columns), in units of time.
     """
-    (a, t_a), (b, t_b) = _exponents_and_times(rows), _exponents_and_times(columns)
+
+    def closed(a: Sequence[Profile], b: Sequence[Profile]) -> FloatArray:
+        return _closed_displacements(a, b, horizon)
+
+    def general(a: Sequence[Profile], b: Sequence[Profile]) -> FloatArray:
+        end = max(profile.t for profile in (*a, *b))
+        return _integrals(a, b, displacements) + (horizon - end)
+
+    return _by_kind(rows, columns, closed, general)
+
+
+def _closed_displacements(
+    rows: Sequence[Profile], columns: Sequence[Profile], horizon: float
+) -> FloatArray:
+    (a, t_a), (b, t_b) = exponents_and_times(rows), exponents_and_times(columns)
     a, t_a = a[:, None], t_a[:, None]
     m, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     exponent_of_later = np.where(t_a <= t_b, b, a)
@@ -102,48 +145,25 @@ def density_products(rows: Sequence[Profile], columns: Sequence[Profile]) -> Flo
     ratios so that nothing overflows.
 
     Args:
-        rows: power profiles, (num_rows).
-        columns: power profiles, (num_columns).
+        rows: profiles, (num_rows).
+        columns: profiles, (num_columns).
 
     Returns:
         float64, shape (num_rows, num_columns), per unit of time.
 
     Raises:
-        InvalidProfileError: a point profile is among them; it has no density.
+        InvalidProfileError: one of them has a point mass (raw or initial weights): no density.
     """
-    for profile in (*rows, *columns):
-        if isinstance(profile, PointProfile):
-            profile.density(0.0)  # raises: a point has no density
-    (a, t_a), (b, t_b) = _exponents_and_times(rows), _exponents_and_times(columns)
+    check_density([*rows, *columns])
+    return _by_kind(rows, columns, _closed_densities, lambda a, b: _integrals(a, b, densities))
+
+
+def _closed_densities(rows: Sequence[Profile], columns: Sequence[Profile]) -> FloatArray:
+    (a, t_a), (b, t_b) = exponents_and_times(rows), exponents_and_times(columns)
     a, t_a = a[:, None], t_a[:, None]
     later = np.maximum(t_a, t_b)
     gamma_of_later = np.where(t_a <= t_b, b, a) - 1
     return a * b / (a + b - 1) * (np.minimum(t_a, t_b) / later) ** gamma_of_later / later
-
-
-def quadrature(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-    """Nodes and weights that integrate squares of combinations of these profiles, nodes rising.
-
-    Gauss-Legendre between neighbouring ends, each interval cut so fine (a ratio of at most
-    1 + 4/max exponent) that a power is smooth inside a piece, down to 1e-12 of the first end.
-    """
-    a, t = _exponents_and_times(profiles)
-    ends = np.unique(t)
-    steepest = float(a[np.isfinite(a)].max(initial=1.0))
-    ratio = 1 + max(4 / steepest, 1e-3)
-    pieces = []
-    for low, high in zip(np.concatenate([[ends[0] * 1e-12], ends[:-1]]), ends, strict=True):
-        # Steep powers vanish far below every end, so only shallow ones need pieces near zero;
-        # a ratio of 2 is fine for them.
-        fine = max(low, ends[0] * 0.01)
-        if low < fine:
-            pieces.append(np.geomspace(low, fine, 2 + int(np.log(fine / low) / np.log(1.5)))[:-1])
-        num = 2 + int(np.log(high / fine) / np.log(ratio))
-        pieces.append(np.geomspace(fine, high, num)[:-1])
-    edges = np.concatenate([*pieces, ends[-1:]])
-    middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
-    nodes = middle[:, None] + half[:, None] * _GAUSS_NODES
-    return nodes.ravel(), (half[:, None] * _GAUSS_WEIGHTS).ravel()
 
 
 def residual_norms(
@@ -172,25 +192,9 @@ def residual_norms(
     nodes, weights = quadrature([*inputs, *targets])
     if density is not None:
         weights = weights * density(nodes)
+    view = tails if norm == "random-walk" else densities
     total = np.zeros(len(targets))
-    for start in range(0, len(nodes), 4096):  # bounded memory: 4096 x num_inputs values at a time
-        tau = nodes[start : start + 4096]
-        view = _views(inputs, tau, norm) @ coefficients - _views(targets, tau, norm)
-        total += weights[start : start + 4096] @ view**2
+    for part in _parts(len(nodes), len(inputs) + len(targets)):
+        difference = view(inputs, nodes[part]) @ coefficients - view(targets, nodes[part])
+        total += weights[part] @ difference**2
     return np.sqrt(total)
-
-
-def tails(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
-    """Tails of many profiles at rising times `tau`, shape (num_tau, num_profiles)."""
-    return _views(profiles, tau, "random-walk")
-
-
-def _views(profiles: Sequence[Profile], tau: FloatArray, norm: Norm) -> FloatArray:
-    """Tails or densities at `tau`, shape (num_tau, num_profiles)."""
-    a, t = _exponents_and_times(profiles)
-    x = tau[:, None] / t
-    inside = x < 1
-    x = np.where(inside, x, 1.0)
-    if norm == "density":
-        return np.where(inside, a / t * x ** (a - 1), 0.0)
-    return np.where(inside, 1 - x**a, 0.0)

@@ -239,6 +239,51 @@ class PowerProfile:
 
 
 @dataclass(frozen=True)
+class GammaProfile:
+    """Power function named by its exponent, for what other trackers really tracked.
+
+    The same as `PowerProfile` where gamma >= 0. An exponent in (-1, 0), as comes out when a tracker
+    updates every k-th step with the decay of a single step, lets early weights count most; no
+    sigma_rel names it.
+
+    Args:
+        t: end of the profile, in the run's clock, > 0.
+        gamma: exponent, finite and > -1.
+
+    Raises:
+        InvalidProfileError: t or gamma lies outside its range.
+
+    Example:
+        >>> GammaProfile(t=100, gamma=-0.5).tail([25, 100]).tolist()
+        [0.5, 0.0]
+    """
+
+    t: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        _check_time(self.t)
+        if not (self.gamma > -1 and math.isfinite(self.gamma)):
+            raise InvalidProfileError(
+                f"gamma must be finite and > -1, got {self.gamma!r}. At -1 and below all weight would "
+                "lie on the initial weights."
+            )
+
+    def density(self, tau: npt.ArrayLike) -> FloatArray:
+        """p(tau), per unit of time; 0 outside [0, t], infinite at 0 if gamma < 0."""
+        x = np.asarray(tau, dtype=np.float64) / self.t
+        inside = (x >= 0) & (x <= 1)
+        with np.errstate(divide="ignore"):
+            power = np.where(inside, x, 1.0) ** self.gamma
+        return np.where(inside, (self.gamma + 1) / self.t * power, 0.0)
+
+    def tail(self, tau: npt.ArrayLike) -> FloatArray:
+        """T(tau) = 1 - (tau/t)^(gamma+1); 0 from t on."""
+        x = np.clip(np.asarray(tau, dtype=np.float64) / self.t, 0.0, 1.0)
+        return 1.0 - x ** (self.gamma + 1)
+
+
+@dataclass(frozen=True)
 class PointProfile:
     """The raw weights at time t: all mass in one point.
 

@@ -1,0 +1,182 @@
+"""Profiles on a grid: quadrature nodes fine enough for them, and their views at these nodes.
+
+Gauss-Legendre on pieces inside which every profile is smooth. The pieces end where a profile does (at the
+end of a power function, the borders of a window, the times of a table), so that sums over the nodes
+integrate products of profiles to about 1e-12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_ema.classical_profiles import ExponentialProfile, TabulatedProfile, UniformProfile
+from posthoc_ema.errors import InvalidProfileError
+from posthoc_ema.profiles import (
+    FloatArray,
+    GammaProfile,
+    PointProfile,
+    PowerProfile,
+    Profile,
+    gamma_from_sigma_rel,
+)
+
+_GAUSS_NODES, _GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+_KNOWN = (
+    PowerProfile,
+    GammaProfile,
+    PointProfile,
+    UniformProfile,
+    ExponentialProfile,
+    TabulatedProfile,
+)
+
+
+def power_mask(profiles: Sequence[Profile]) -> npt.NDArray[np.bool_]:
+    """Which profiles are power functions, points included, shape (num_profiles,).
+
+    Raises:
+        InvalidProfileError: a profile is of no known kind.
+    """
+    for profile in profiles:
+        if not isinstance(profile, _KNOWN):
+            names = ", ".join(kind.__name__ for kind in _KNOWN)
+            raise InvalidProfileError(
+                f"profiles must be one of {names}, got {type(profile).__name__}. Any other profile "
+                "can be given as a TabulatedProfile."
+            )
+    power = PowerProfile | GammaProfile | PointProfile
+    return np.array([isinstance(profile, power) for profile in profiles], dtype=bool)
+
+
+def exponents_and_times(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+    """Power functions as a = gamma + 1 and t, shape (num_profiles,) each; a point is the limit a = inf."""
+    t = np.array([profile.t for profile in profiles], dtype=np.float64)
+    a = np.full(len(profiles), np.inf)
+    is_power = np.array([isinstance(profile, PowerProfile) for profile in profiles], dtype=bool)
+    sigma_rels = [profile.sigma_rel for profile in profiles if isinstance(profile, PowerProfile)]
+    a[is_power] = gamma_from_sigma_rel(sigma_rels) + 1
+    for i, profile in enumerate(profiles):
+        if isinstance(profile, GammaProfile):
+            a[i] = profile.gamma + 1
+    return a, t
+
+
+def quadrature(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+    """Nodes and weights that integrate squares of combinations of these profiles, nodes rising.
+
+    Args:
+        profiles: of any known kind, at least one.
+
+    Returns:
+        Nodes between 0 and the last end, and their weights.
+    """
+    is_power = power_mask(profiles)
+    powers = [p for p, power in zip(profiles, is_power, strict=True) if power]
+    others = [p for p, power in zip(profiles, is_power, strict=True) if not power]
+    edges = _power_edges(*exponents_and_times(powers)) if powers else np.zeros(0)
+    if others:
+        edges = np.unique(np.concatenate([[0.0], edges, *(_edges(p) for p in others)]))
+    middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
+    nodes = middle[:, None] + half[:, None] * _GAUSS_NODES
+    return nodes.ravel(), (half[:, None] * _GAUSS_WEIGHTS).ravel()
+
+
+def _power_edges(a: FloatArray, t: FloatArray) -> FloatArray:
+    """Pieces for power functions with exponents a ending at t.
+
+    Each interval between neighbouring ends is cut so fine (a ratio of at most 1 + 4/max exponent) that
+    a power is smooth inside a piece, down to 1e-12 of the first end.
+    """
+    ends = np.unique(t)
+    steepest = float(a[np.isfinite(a)].max(initial=1.0))
+    ratio = 1 + max(4 / steepest, 1e-3)
+    pieces = []
+    for low, high in zip(np.concatenate([[ends[0] * 1e-12], ends[:-1]]), ends, strict=True):
+        # Steep powers vanish far below every end, so only shallow ones need pieces near zero;
+        # a ratio of 2 is fine for them.
+        fine = max(low, ends[0] * 0.01)
+        if low < fine:
+            pieces.append(np.geomspace(low, fine, 2 + int(np.log(fine / low) / np.log(1.5)))[:-1])
+        num = 2 + int(np.log(high / fine) / np.log(ratio))
+        pieces.append(np.geomspace(fine, high, num)[:-1])
+    return np.concatenate([*pieces, ends[-1:]])
+
+
+def _edges(profile: Profile) -> FloatArray:
+    """Where a profile that is no power function needs pieces to end."""
+    if isinstance(profile, UniformProfile):
+        return np.array([profile.start, profile.end])
+    if isinstance(profile, TabulatedProfile):
+        return np.array(profile.times)
+    assert isinstance(profile, ExponentialProfile)
+    # Four units of decay per piece, until the share is below 1e-17.
+    switch, t = profile.warmup_end, profile.t
+    late = t - np.arange(11) * 4 / profile.rate
+    if switch == 0:
+        return np.append(late[late > 0], 0.0)
+    num = 2 + int(np.log(switch / profile.interval + 1) / np.log(1.4))
+    early = np.geomspace(profile.interval, switch + profile.interval, num) - profile.interval
+    return np.concatenate([late[late > switch], early, [switch]])
+
+
+def _columns(
+    profiles: Sequence[Profile],
+    tau: FloatArray,
+    power: Callable[[FloatArray, FloatArray, FloatArray], FloatArray],
+    other: Callable[[Profile], FloatArray],
+) -> FloatArray:
+    """Power functions all at once from x = min(tau/t, 1), a and t; the others one by one."""
+    is_power = power_mask(profiles)
+    view = np.empty((len(tau), len(profiles)))
+    a, t = exponents_and_times([p for p, yes in zip(profiles, is_power, strict=True) if yes])
+    view[:, is_power] = power(np.minimum(tau[:, None] / t, 1.0), a, t)
+    for i in np.flatnonzero(~is_power).tolist():
+        view[:, i] = other(profiles[i])
+    return view
+
+
+def tails(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
+    """Tails of many profiles, shape (num_tau, num_profiles); tau has shape (num_tau,)."""
+    return _columns(
+        profiles, tau, lambda x, a, _: np.where(x < 1, 1 - x**a, 0.0), lambda p: p.tail(tau)
+    )
+
+
+def displacements(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
+    """1 - T of many profiles, shape (num_tau, num_profiles)."""
+    return _columns(profiles, tau, lambda x, a, _: x**a, lambda p: 1 - p.tail(tau))
+
+
+def densities(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
+    """Densities of many profiles, shape (num_tau, num_profiles)."""
+
+    def power(x: FloatArray, a: FloatArray, t: FloatArray) -> FloatArray:
+        return np.where(x < 1, a / t * x ** (a - 1), 0.0)
+
+    return _columns(profiles, tau, power, lambda p: p.density(tau))
+
+
+def check_density(profiles: Sequence[Profile]) -> None:
+    """Refuse profiles that the density norm cannot hold.
+
+    Raises:
+        InvalidProfileError: a profile has a point mass, or a density that is infinite at 0.
+    """
+    for profile in profiles:
+        if isinstance(profile, PointProfile):
+            profile.density(0.0)  # raises: a point has no density
+        if isinstance(profile, GammaProfile) and profile.gamma < 0:
+            raise InvalidProfileError(
+                f"the density of a profile with gamma = {profile.gamma:g} is infinite at 0; use "
+                "norm='random-walk', which works on tails."
+            )
+        share = getattr(profile, "initial_share", 0.0)
+        if share > 1e-12:
+            raise InvalidProfileError(
+                f"this {type(profile).__name__} keeps {share:.2g} of the initial weights, a point "
+                "that has no density; use norm='random-walk', which works on tails."
+            )

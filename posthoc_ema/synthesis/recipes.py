@@ -66,18 +66,18 @@ def store_recipe(store: SnapshotStore, plan: SynthesisPlan, *, device: str = "au
 
     @functools.cache
     def sources() -> list[SnapshotSource]:
-        return [SnapshotSource.open(store, record) for record in plan.inputs]
+        return [SnapshotSource.open(store, record) for record in plan.files]
 
     def blocks(names: Sequence[str], targets: Sequence[int]) -> Iterator[Block]:
-        weights = plan.coefficients.T[list(targets)]
-        return combine(sources(), [Group(sizes_of(store.table, names), weights)])
+        parts = plan.weights(sizes_of(store.table, names), targets)
+        return combine(sources(), [Group(sizes, weights) for sizes, weights in parts])
 
     def copy(name: str) -> AnyArray:
         return at_time().read_copy(name)
 
     @functools.cache
     def at_time() -> SnapshotSource:
-        return SnapshotSource.open(store, next(r for r in plan.inputs if r.time == plan.time))
+        return SnapshotSource.open(store, next(r for r in store.records if r.time == plan.time))
 
     return Recipe(
         store.table,

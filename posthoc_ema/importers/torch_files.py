@@ -76,6 +76,20 @@ def load_bytes(data: bytes) -> Any:
         return _value(Span.of(data))
 
 
+def read_span(span: Span, path: Path) -> Any:
+    """The value of a pickle or file of `torch.save` that is a part of an open file, see `open_pickle`.
+
+    Args:
+        span: the part.
+        path: the file, for the messages.
+
+    Raises:
+        SnapshotFormatError: it is malformed.
+    """
+    with _told(path):
+        return _value(span)
+
+
 def _value(span: Span) -> Any:
     budget = Budget(span.size)
     if span.read(0, min(4, span.size)) == b"PK\x03\x04":

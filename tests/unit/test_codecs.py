@@ -5,12 +5,15 @@ import pytest
 
 from posthoc_ema import ConfigError
 from posthoc_ema.codecs import (
+    BLOCK,
     DTYPE_CODES,
     DTYPE_NAMES,
     STORE_DTYPES,
     check_codec,
     decode,
+    decode_int8_blocks,
     encode,
+    encode_int8_blocks,
     fits,
     storage_dtype,
 )
@@ -114,3 +117,47 @@ def test_float8_is_decoded_to_the_values_that_torch_reads(dtype):
     bits = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(bits).view(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(decode(bits, dtype), expected)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1000])
+def test_int8_blocks_lose_at_most_half_a_step_and_nothing_is_clipped(size, rng):
+    values = (rng.normal(size=size) * 10.0 ** rng.uniform(-12, 4, size)).astype(np.float32)
+    stored, scales = encode_int8_blocks(values)
+    assert (stored.dtype, stored.shape) == (np.int8, (size,))
+    assert (scales.dtype, scales.shape) == (np.uint16, (-(-size // BLOCK),))
+    assert np.abs(stored.astype(int)).max(initial=0) <= 127
+    back = decode_int8_blocks(stored, scales, np.empty(size, dtype=np.float32))
+    step = np.repeat(decode(scales, "bfloat16"), BLOCK)[:size].astype(np.float64)
+    assert (np.abs(back - values.astype(np.float64)) <= step * 0.50001).all()
+    largest = np.abs(np.pad(values, (0, -size % BLOCK))).reshape(-1, BLOCK).max(axis=1)
+    assert (decode(scales, "bfloat16") <= largest / 127 * (1 + 2.0**-6)).all()
+
+
+def test_int8_blocks_keep_zeros_and_do_not_mix_blocks():
+    values = np.zeros(3 * BLOCK, dtype=np.float32)
+    values[BLOCK : 2 * BLOCK] = 1e-20
+    values[-1] = 127.0
+    stored, scales = encode_int8_blocks(values)
+    back = decode_int8_blocks(stored, scales, np.full(len(values), np.nan, dtype=np.float32))
+    assert (back[:BLOCK] == 0).all()
+    np.testing.assert_allclose(back[BLOCK : 2 * BLOCK], 1e-20, rtol=2.0**-7)
+    assert (back[2 * BLOCK : -1] == 0).all()
+    assert back[-1] == 127.0
+
+
+@pytest.mark.parametrize("largest", [np.finfo(np.float32).max, np.finfo(np.float32).tiny, 1e-45])
+def test_int8_blocks_hold_the_extremes_of_float32(largest):
+    values = np.float32([largest, -largest, largest / 2, 0])
+    back = decode_int8_blocks(*encode_int8_blocks(values), np.empty(4, dtype=np.float32))
+    assert np.isfinite(back).all()
+    assert np.abs(back - values.astype(np.float64)).max() <= max(largest / 250, 127e-45)
+
+
+def test_int8_blocks_are_exact_where_the_steps_are(rng):
+    """A block whose largest value is 127 times a bfloat16 number loses nothing that is on its steps."""
+    values = rng.integers(-127, 128, (5, BLOCK)).astype(np.float32)
+    values[:, 7] = 127
+    values *= np.float32(2.0) ** np.arange(-20, 20, 8, dtype=np.float32)[:, None]
+    stored, scales = encode_int8_blocks(values.ravel())
+    back = decode_int8_blocks(stored, scales, np.empty(values.size, dtype=np.float32))
+    np.testing.assert_array_equal(back, values.ravel())

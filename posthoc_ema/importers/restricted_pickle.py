@@ -194,7 +194,9 @@ class Reader:
             except NotUnderstood:
                 module, name = what.module, what.name
         elif isinstance(what, Opaque):  # the result of a call that was not made
-            module, name, args = what.module, f"{what.name}(...)", (what, *args)
+            self._charge(_SLOT_COST * len(args))
+            name = f"{what.name.removesuffix('(...)')}(...)"  # one mark, however long the chain
+            module, args = what.module, (what, *args)
         else:
             raise ValueError("it calls a value that is no name")
         self._charge(_OPAQUE_COST)
@@ -339,8 +341,8 @@ class Reader:
         self._stack.append(self._call(self._stack.pop(), args))
 
     def _instance(self) -> None:  # INST: the class is named in the text
-        what = self._global_lines()
-        self._stack.append(self._call(what, tuple(self._since_mark())))
+        args = tuple(self._since_mark())
+        self._stack.append(self._call(self._global_lines(), args))
 
     def _object(self) -> None:  # OBJ: the class is the first value since the mark
         what, *args = self._since_mark()
@@ -351,8 +353,10 @@ class Reader:
         if not isinstance(names, dict):
             raise ValueError("it calls a name with something that is no argument list")
         if names:
-            args = (*args, names) if isinstance(args, tuple) else args
+            if not isinstance(args, tuple):
+                raise ValueError("it calls a name with something that is no argument list")
             self._charge(_SLOT_COST * len(args))
+            args = (*args, names)
         self._stack.append(self._call(self._stack.pop(), args))
 
     def _build(self) -> None:

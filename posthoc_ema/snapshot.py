@@ -13,18 +13,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from posthoc_ema.classical_profiles import ExponentialProfile, TabulatedProfile, UniformProfile
 from posthoc_ema.codecs import BLOCK, CODECS, DTYPE_CODES, FLOATING, SCALES, element_dtype, is_delta
 from posthoc_ema.errors import InvalidProfileError
-from posthoc_ema.profiles import PointProfile, PowerProfile
-from posthoc_ema.tensor_files import data_order
+from posthoc_ema.profiles import GammaProfile, PointProfile, PowerProfile
+from posthoc_ema.tensor_files import checksum, data_order
 
 SCHEMA = 2
 METADATA_KEY = "posthoc_ema"
 CLOCKS = ("steps", "images")
-_FILE_NAME = re.compile(r"\d{12,}-(raw|sigma_rel-[0-9.e-]+)(-v\d{1,9})?\.safetensors")
+_FILE_NAME = re.compile(
+    r"\d{12,}-(raw|(sigma_rel|gamma|uniform|exponential|tabulated)-[0-9a-z.+-]+)(-v\d{1,9})?\.safetensors"
+)
 _REVISION = re.compile(r"-v(\d+)\.safetensors$")
 
-StoredProfile = PowerProfile | PointProfile
+StoredProfile = (
+    PowerProfile
+    | PointProfile
+    | GammaProfile
+    | UniformProfile
+    | ExponentialProfile
+    | TabulatedProfile
+)
+"""Trackers of this package store power profiles and raw weights; the others come from other tools."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ class SnapshotRecord:
 
     @property
     def sigma_rel(self) -> float | None:
-        """sigma_rel of the average; None for the raw weights."""
+        """sigma_rel of the average; None for the raw weights and profiles that are not of the family."""
         return self.profile.sigma_rel if isinstance(self.profile, PowerProfile) else None
 
     def to_json(self) -> dict[str, Any]:
@@ -176,25 +187,85 @@ def kind_of(profile: StoredProfile) -> str:
 
 def profile_to_json(profile: StoredProfile) -> dict[str, Any]:
     """JSON form of a profile; its end is the snapshot's time and not repeated."""
-    if isinstance(profile, PointProfile):
-        return {"kind": "point"}
-    return {"kind": "power", "sigma_rel": float(profile.sigma_rel)}
+    match profile:
+        case PointProfile():
+            return {"kind": "point"}
+        case PowerProfile():
+            return {"kind": "power", "sigma_rel": float(profile.sigma_rel)}
+        case GammaProfile():
+            return {"kind": "gamma", "gamma": float(profile.gamma)}
+        case UniformProfile():
+            return {"kind": "uniform", "length": float(profile.end - profile.start)}
+        case ExponentialProfile():
+            return {
+                "kind": "exponential",
+                "half_life": float(profile.half_life),
+                "interval": float(profile.interval),
+                "warmup": profile.warmup,
+            }
+        case TabulatedProfile():
+            return {
+                "kind": "tabulated",
+                "times": [float(v) for v in profile.times],
+                "tails": [float(v) for v in profile.tails],
+            }
 
 
 def profile_from_json(value: Any, time: int) -> StoredProfile:
     """Inverse of `profile_to_json`; raises ValueError with a reason for anything malformed."""
     kind = value.get("kind") if isinstance(value, dict) else None
-    if kind == "point":
-        return PointProfile(time)
-    if kind != "power":
-        raise ValueError(f"the profile {value!r} is not of a kind that this version knows")
-    sigma_rel = value.get("sigma_rel")
-    if not isinstance(sigma_rel, int | float) or isinstance(sigma_rel, bool):
-        raise ValueError(f"sigma_rel {sigma_rel!r} is not a number")
+
+    def number(key: str) -> float:
+        found = value.get(key)
+        if not isinstance(found, int | float) or isinstance(found, bool):
+            raise ValueError(f"{key} {found!r} is not a number")
+        return float(found)
+
+    def numbers(key: str) -> tuple[float, ...]:
+        found = value.get(key)
+        if not isinstance(found, list) or not all(type(v) in (int, float) for v in found):
+            raise ValueError(f"{key} is not a list of numbers")
+        return tuple(float(v) for v in found)
+
     try:
-        return PowerProfile(time, float(sigma_rel))
+        match kind:
+            case "point":
+                return PointProfile(time)
+            case "power":
+                return PowerProfile(time, number("sigma_rel"))
+            case "gamma":
+                return GammaProfile(time, number("gamma"))
+            case "uniform":
+                return UniformProfile(time - number("length"), time)
+            case "exponential":
+                warmup = value.get("warmup")
+                if not isinstance(warmup, bool):
+                    raise ValueError(f"warmup {warmup!r} is not true or false")
+                return ExponentialProfile(time, number("half_life"), number("interval"), warmup)
+            case "tabulated":
+                profile = TabulatedProfile(numbers("times"), numbers("tails"))
+                if profile.t != time:
+                    raise ValueError(f"a tabulated profile ends at {profile.t:g}, not at {time}")
+                return profile
     except (InvalidProfileError, OverflowError) as error:
         raise ValueError(str(error)) from None
+    raise ValueError(f"the profile {value!r} is not of a kind that this version knows")
+
+
+def label_of(profile: StoredProfile) -> str:
+    """Short name of a profile without its time, for file names and tables: "sigma_rel-0.05", "raw"."""
+    value = profile_to_json(profile)  # float(): the repr of a NumPy scalar is no number
+    match profile:
+        case PointProfile():
+            return "raw"
+        case TabulatedProfile():
+            return f"tabulated-{checksum(json.dumps(value).encode())}"
+        case ExponentialProfile():
+            warmup = "-warmup" if profile.warmup else ""
+            return f"exponential-{value['half_life']!r}-{value['interval']!r}{warmup}"
+    (number,) = (v for k, v in value.items() if k != "kind")
+    name = {"power": "sigma_rel"}.get(value["kind"], value["kind"])
+    return f"{name}-{number!r}"
 
 
 def file_name(time: int, profile: StoredProfile, revision: int = 0) -> str:
@@ -205,12 +276,8 @@ def file_name(time: int, profile: StoredProfile, revision: int = 0) -> str:
         profile: which average.
         revision: counts the files that have held this average: a listed file is never replaced.
     """
-    # float(): the repr of a NumPy scalar is no number
-    label = (
-        "raw" if isinstance(profile, PointProfile) else f"sigma_rel-{float(profile.sigma_rel)!r}"
-    )
     suffix = f"-v{revision}" if revision else ""
-    return f"{time:012d}-{label}{suffix}.safetensors"
+    return f"{time:012d}-{label_of(profile)}{suffix}.safetensors"
 
 
 def revision_of(record: SnapshotRecord) -> int | None:

@@ -185,7 +185,7 @@ class ArraySource:
 
 
 class KeyFrameNeededError(Exception):
-    """A difference is not finite: the average must be stored by itself."""
+    """A difference is not finite, or the base is damaged: the average must be stored by itself."""
 
 
 class _OverflowError(Exception):
@@ -289,7 +289,10 @@ class _Writing:
             stop = min(size, start + CHUNK)
             values = self.source.values(entry, start, stop)
             if self.base is not None:
-                values = values - self.base.values(entry, start, stop)
+                try:
+                    values = values - self.base.values(entry, start, stop)
+                except SnapshotFormatError as error:
+                    raise KeyFrameNeededError(str(error)) from error
                 if not np.isfinite(values.sum()):
                     raise KeyFrameNeededError
             values = np.asarray(values, dtype=np.float32)

@@ -12,7 +12,7 @@ import operator
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -69,6 +69,8 @@ from posthoc_ema.tensor_files import (
     write_json,
 )
 
+RAW_DTYPE = "float16"
+"""How raw weights are stored beside differences: the next ones replace them, so they start no chain."""
 LONGEST_CHAIN = 16
 """Files in a chain of differences: a damaged one takes at most the rest of its chain along."""
 
@@ -82,8 +84,8 @@ class NewAverage:
 
     Attributes:
         profile: which average; its end must be the snapshot's time.
-        dtype: "float32", "float16", "bfloat16", "delta-float16" or "delta-int8". Raw weights, which are
-            replaced by the next ones, are never stored as a difference.
+        dtype: "float32", "float16", "bfloat16", "delta-float16" or "delta-int8". Raw weights are never stored
+            as a difference, but as float16 then.
         noise: mean square error that the values already carry, for example because they were stored
             before.
         read: name -> tensor. Averaged tensors come as float32 arrays, copied ones as the bits of their
@@ -478,11 +480,22 @@ class SnapshotStore:
             if replace_raw and has_raw and isinstance(record.profile, PointProfile)
         }
         sources = [(a, ArraySource(a.read)) for a in averages]
-        return self._add(time, sources, old_raw)
+        return self.add_sources(time, sources, old_raw)
 
-    def _add(
-        self, time: int, averages: Sequence[tuple[NewAverage, Source]], replaced: set[str]
+    def add_sources(
+        self,
+        time: int,
+        averages: Sequence[tuple[NewAverage, Source]],
+        replaced: Collection[str] = (),
     ) -> list[SnapshotRecord]:
+        """Store averages whose values come chunk by chunk; `add` is the same for whole tensors.
+
+        Args:
+            time: training time.
+            averages: what to store, and where its values come from (`read` is not called).
+            replaced: files that go once these are in place.
+        """
+        self._check_writable()
         new: list[SnapshotRecord] = []
         try:
             for average, source in averages:
@@ -513,7 +526,9 @@ class SnapshotStore:
         codec = check_codec(average.dtype)
         by_file = {record.file: record for record in self.records}
         base = None
-        if is_delta(codec) and not isinstance(average.profile, PointProfile):
+        if is_delta(codec) and isinstance(average.profile, PointProfile):
+            average = replace(average, dtype=RAW_DTYPE)
+        elif is_delta(codec):
             base = next_base(by_file.values(), time, kind_of(average.profile), LONGEST_CHAIN)
         return self._write_difference(by_file, base, time, average, source, 0)[0]
 
@@ -545,17 +560,25 @@ class SnapshotStore:
         if base is None:
             return write_snapshot(path, draft, source, None)
         try:
-            with self._reader(by_file, base) as reader:
+            with self._base_reader(by_file, base) as reader:
                 record, added = write_snapshot(path, draft, source, reader)
             return replace(record, base=base.file), added
-        except (KeyFrameNeededError, SnapshotFormatError) as error:
-            if isinstance(error, SnapshotFormatError):
+        except KeyFrameNeededError as error:
+            if str(error):
                 warnings.warn(
                     f"{error} The average of time {time} is stored by itself, not as a difference.",
                     PhemaWarning,
                     stacklevel=2,
                 )
             return self._write_difference(by_file, None, time, average, source, revision)
+
+    def _base_reader(
+        self, by_file: Mapping[str, SnapshotRecord], base: SnapshotRecord
+    ) -> AverageReader:
+        try:
+            return self._reader(by_file, base)
+        except SnapshotError as error:
+            raise KeyFrameNeededError(str(error)) from error
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
         """Take averages out of the store; what is stored as a difference to them is written anew.

@@ -15,7 +15,7 @@ from posthoc_ema.codecs import BLOCK, SCALES, AnyArray, decode, decode_int8_bloc
 from posthoc_ema.diagnostics import Scale, sampled_scale
 from posthoc_ema.snapshot import SnapshotRecord
 from posthoc_ema.store import SnapshotStore
-from posthoc_ema.tensor_files import TensorFile, read_header
+from posthoc_ema.tensor_files import TensorFile
 
 SAMPLE = 1 << 14
 """Elements that are looked at in each file, at most."""
@@ -130,7 +130,7 @@ def _read_sample(
     store: SnapshotStore, record: SnapshotRecord, runs: Sequence[tuple[str, int, int]]
 ) -> tuple[npt.NDArray[np.float64], float]:
     """Sampled elements of one file, and the mean square rounding error that their bits imply."""
-    header = read_header(store.path(record))
+    header, _ = store.header(record)
     pieces, squares = [np.empty(0)], 0.0
     with TensorFile(store.path(record), header) as file:
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from posthoc_ema import PointProfile, PowerProfile, SnapshotRecord, TensorTable
+from posthoc_ema.classical_profiles import ExponentialProfile, TabulatedProfile, UniformProfile
+from posthoc_ema.profiles import GammaProfile
 from posthoc_ema.snapshot import (
     SnapshotMetadata,
     file_name,
     is_snapshot_file_name,
     profile_from_json,
     profile_to_json,
+    revision_of,
 )
 
 from .stores import TABLE
@@ -19,13 +22,56 @@ PROFILES = [
     PowerProfile(7, 1e-5),
     PowerProfile(7, 0.1 + 2e-17),
     PointProfile(7),
+    GammaProfile(7, -0.82),
+    UniformProfile(4, 7),
+    ExponentialProfile(7, 1e20),
+    ExponentialProfile(7, 3.0, 2.0, warmup=True),
+    TabulatedProfile((0.0, 3.0, 7.0), (1.0, 0.25, 0.0)),
+]
+NAMES = [
+    "tenth",
+    "short",
+    "digits",
+    "raw",
+    "gamma",
+    "uniform",
+    "exponential",
+    "warmup",
+    "tabulated",
 ]
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=["tenth", "short", "digits", "raw"])
+@pytest.mark.parametrize("profile", PROFILES, ids=NAMES)
 def test_profile_survives_json_and_has_a_file_name(profile):
     assert profile_from_json(profile_to_json(profile), 7) == profile
     assert is_snapshot_file_name(file_name(7, profile))
+    assert is_snapshot_file_name(file_name(7, profile, revision=3))
+    record = SnapshotRecord(file_name(7, profile, 3), 7, profile, "float16", 9, "ab")
+    assert revision_of(record) == 3
+    assert len({file_name(7, p) for p in PROFILES}) == len(PROFILES)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"kind": "gamma", "gamma": -1},
+        {"kind": "gamma"},
+        {"kind": "uniform", "length": 9},
+        {"kind": "uniform", "length": "x"},
+        {"kind": "exponential", "half_life": 0, "interval": 1, "warmup": False},
+        {"kind": "exponential", "half_life": 1, "interval": 1, "warmup": 1},
+        {"kind": "tabulated", "times": [0, 3], "tails": [1, 0]},
+        {"kind": "tabulated", "times": [0, 7], "tails": [1, None]},
+        {"kind": "tabulated", "times": 7, "tails": [1, 0]},
+        {"kind": "tabulated", "times": [7, 0], "tails": [1, 0]},
+        {"kind": "linear"},
+        None,
+    ],
+    ids=str,
+)
+def test_bad_profiles_are_refused(value):
+    with pytest.raises(ValueError, match=r"."):
+        profile_from_json(value, 7)
 
 
 def test_file_names_are_unique_sortable_and_free_of_numpy():

@@ -130,9 +130,14 @@ def table_tensors(table: TensorTable, dtype: str = "model") -> tuple[OutputTenso
     )
 
 
-def single_file(name: str, tensors: Sequence[OutputTensor], **more: Any) -> Layout:
+def single_file(
+    name: str,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Layout:
     """One file with everything in it."""
-    return Layout((FileLayout(name, tuple(tensors)),), **more)
+    return Layout((FileLayout(name, tuple(tensors), metadata or {}),), **more)
 
 
 def sharded(

@@ -293,7 +293,7 @@ def _renamings(wanted: Collection[str], known: Iterable[str]) -> Iterator[Rename
     """Rules from names of the table to names of the base, plain ones first."""
     known = list(known)
     parts = {part for name in wanted for part in name.split(".")}
-    others = {part for name in known for part in name.split(".")} - parts
+    others = {part for name in known for part in name.split(".")[1:]} - parts
     plain: list[Rename] = [lambda name: name, _unwrapped]
     plain += [_adapter(part) for part in sorted(others)]
     yield from plain
@@ -316,7 +316,8 @@ def _adapter(adapter: str) -> Rename:
     """What PEFT's save_pretrained makes of the names of one adapter."""
 
     def rename(name: str) -> str | None:
-        parts = [p for p in name.split(".") if p != adapter]
+        first, *rest = name.split(".")
+        parts = [first, *(p for p in rest if p != adapter)]
         saved = ".".join(p for p in parts if p != "modules_to_save")
         return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", saved)
 

@@ -100,8 +100,9 @@ def _provenance(store: SnapshotStore, plan: SynthesisPlan, target: int) -> dict[
             "header_xxh3": r.header_checksum,
         }
         for r, x in zip(plan.inputs, plan.coefficients[:, target].tolist(), strict=True)
-        if x != 0.0
+        if x != 0.0 or plan.overrides
     ]
+    error = float(plan.predicted_error[target])
     return {
         "tool": tool(),
         "kind": "synthesized",
@@ -110,8 +111,10 @@ def _provenance(store: SnapshotStore, plan: SynthesisPlan, target: int) -> dict[
         "clock": store.clock,
         "run_id": store.run_id,
         "norm": plan.norm,
+        "predicted_error": None if math.isnan(error) else error,
         "profile_error": float(plan.profile_error[target]),
         "amplification": float(plan.amplification[target]),
+        "overrides": {o.pattern: o.sigma_rel for o in plan.overrides},
         "inputs": used,
     }
 

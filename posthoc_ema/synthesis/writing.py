@@ -78,6 +78,15 @@ def is_finished(path: Path, wanted: str) -> bool:
         return False
 
 
+def unfinished(recipe: Recipe, target: int, output: Output) -> set[Path]:
+    """Weight files of an output that are still to be written."""
+    return {
+        path
+        for file, path in zip(output.layout.files, output.paths, strict=True)
+        if not is_finished(path, digest(recipe, target, file))
+    }
+
+
 def check_free(recipe: Recipe, outputs: Sequence[Output]) -> None:
     """Refuse to replace files that are not the ones that would be written.
 
@@ -85,8 +94,8 @@ def check_free(recipe: Recipe, outputs: Sequence[Output]) -> None:
         ConfigError: such a file exists.
     """
     for target, output in enumerate(outputs):
-        for file, path in zip(output.layout.files, output.paths, strict=True):
-            if path.exists() and not is_finished(path, digest(recipe, target, file)):
+        for path in sorted(unfinished(recipe, target, output)):
+            if path.exists():
                 raise _taken(path)
         for source in output.layout.copied:
             path = output.folder / source.name
@@ -120,19 +129,17 @@ def write_outputs(
     """
     assert len(outputs) == len(recipe.labels)
     parts = list(zip(*(output.layout.files for output in outputs), strict=True))
-    waiting: list[list[int]] = []
-    for files in parts:
-        digests = [digest(recipe, i, file) for i, file in enumerate(files)]
-        waiting.append(
-            [
-                i
-                for i, file in enumerate(files)
-                if not (resume and is_finished(outputs[i].folder / file.name, digests[i]))
-            ]
-        )
-    for i, output in enumerate(outputs):
-        if any(i in some for some in waiting):
+    missing = [
+        set(output.paths) if not resume else unfinished(recipe, i, output)
+        for i, output in enumerate(outputs)
+    ]
+    for output, some in zip(outputs, missing, strict=True):
+        if some:
             _invalidate(output)
+    waiting = [
+        [i for i, output in enumerate(outputs) if output.paths[k] in missing[i]]
+        for k in range(len(parts))
+    ]
     total = sum(_averaged_elements(recipe, files[0]) for files in parts)
     done = 0
     for files, targets in zip(parts, waiting, strict=True):

@@ -1,0 +1,458 @@
+"""Averages of raw checkpoints: a profile applied to what any training run has on disk.
+
+A checkpoint is the weights at one moment, a `PointProfile`. Between two of them nothing is known; under
+the random-walk model the best that a sum of checkpoints can do for a wanted profile is the fit in the
+random-walk norm, and its residual is what the gaps between the checkpoints cost. For a power profile the
+coefficients come out as differences of the profile's mean tail over neighbouring gaps: all positive,
+sum one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import itertools
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_ema.codecs import DTYPE_CODES, FLOATING
+from posthoc_ema.errors import (
+    ConfigError,
+    SnapshotFormatError,
+    SnapshotMismatchError,
+    SnapshotNotFoundError,
+    SynthesisError,
+)
+from posthoc_ema.fitting import fit
+from posthoc_ema.profiles import PointProfile, PowerProfile, Profile
+from posthoc_ema.snapshot import TensorEntry, TensorTable
+from posthoc_ema.synthesis.checkpoint_files import Checkpoint, is_checkpoint, open_checkpoint
+from posthoc_ema.synthesis.combine import Block, Group, combine
+from posthoc_ema.synthesis.plan import RAW
+from posthoc_ema.synthesis.recipes import Recipe, label_of, sizes_of, tool
+
+FloatArray = npt.NDArray[np.float64]
+
+COPIED = ("*running_mean", "*running_var", "*num_batches_tracked")
+"""Names that are statistics of the data and no weights: copied from the last checkpoint."""
+_DTYPES = re.compile(r"(?<![a-z])(?:fp|bf|f|float|bfloat|int)\d+", re.I)
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class TimedCheckpoint:
+    """Where a checkpoint is, and its training time."""
+
+    time: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """A wanted average of checkpoints.
+
+    Attributes:
+        profile: which average; None for the last checkpoint as it is.
+        name: as the user wrote it, for example "sigma_rel 0.1".
+        label: its name in file names.
+        sigma_rel: its length if it is a power profile, `RAW` for the last checkpoint, else None.
+    """
+
+    profile: Profile | None
+    name: str
+    label: str
+    sigma_rel: float | None
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Everything that is decided before a checkpoint is opened.
+
+    Attributes:
+        targets: what is wanted, (num_targets).
+        time: where all targets end: the last checkpoint's time.
+        inputs: checkpoints that are combined, by time, (num_inputs).
+        coefficients: shape (num_inputs, num_targets), columns sum to one.
+        profile_error: relative error of each target's profile, (num_targets): how far the gaps between
+            the checkpoints let the result stray, over the distance that averaging moves the weights.
+        amplification: sum of |coefficients|, (num_targets).
+        overrides: (pattern of tensor names, sigma_rel, coefficients), the last match counts.
+        clock: unit of the times, for what is printed.
+    """
+
+    targets: tuple[Target, ...]
+    time: int
+    inputs: tuple[TimedCheckpoint, ...]
+    coefficients: FloatArray
+    profile_error: FloatArray
+    amplification: FloatArray
+    overrides: tuple[tuple[str, float, FloatArray], ...]
+    clock: str = "steps"
+
+
+# ---- finding checkpoints and their times
+
+
+def find_checkpoints(
+    paths: Sequence[Path], times: Sequence[int] | None = None
+) -> list[TimedCheckpoint]:
+    """Checkpoints behind the arguments of a command, by time.
+
+    Args:
+        paths: checkpoints (files or folders), folders of checkpoints, or one listing: a .txt file of
+            lines `time path`, paths relative to it.
+        times: their times, in the order of `paths`; else the last number in each name
+            (checkpoint-1000, step_000123.safetensors, or the folder above).
+
+    Returns:
+        The checkpoints, by rising time. One at time 0 holds no training and is left out.
+
+    Raises:
+        SnapshotNotFoundError: a path does not exist, or holds no checkpoints.
+        ConfigError: a time cannot be told, or two checkpoints have the same.
+    """
+    if len(paths) == 1 and paths[0].suffix == ".txt":
+        found = _listing(paths[0])
+    else:
+        files = [file for path in paths for file in _inside(path)]
+        if times is not None and len(times) != len(files):
+            raise ConfigError(
+                f"--times has {len(times)} values for {len(files)} checkpoints "
+                f"({', '.join(f.name for f in files[:4])}, ...). Give one for each, in this order."
+            )
+        given = times if times is not None else [time_of(file) for file in files]
+        found = [TimedCheckpoint(t, file) for t, file in zip(given, files, strict=True)]
+    ordered = sorted((c for c in found if c.time > 0), key=lambda c: c.time)
+    if not ordered:
+        raise SnapshotNotFoundError(
+            f"{paths[0]} holds no checkpoint of a time above 0. Give checkpoints with --times, or name "
+            "them by their step as in checkpoint-1000."
+        )
+    for one, other in itertools.pairwise(ordered):
+        if one.time == other.time:
+            raise ConfigError(
+                f"{one.path} and {other.path} are both of time {one.time}. Give one of them only, or the "
+                "right times with --times."
+            )
+    return ordered
+
+
+def _inside(path: Path) -> list[Path]:
+    """A checkpoint itself, or the checkpoints in a folder, in natural order of their names."""
+    if not path.exists():
+        raise SnapshotNotFoundError(f"{path} does not exist. Check the path.")
+    if is_checkpoint(path):
+        return [path]
+    found = [p for p in path.iterdir() if is_checkpoint(p)] if path.is_dir() else []
+    if not found:
+        raise SnapshotNotFoundError(
+            f"{path} holds no checkpoints (.safetensors, .pt, .pth, .bin, .ckpt, or folders of "
+            "transformers, diffusers or torch.distributed.checkpoint). Give the files themselves."
+        )
+    return sorted(found, key=lambda p: [int(n) for n in _NUMBER.findall(p.name)])
+
+
+def time_of(path: Path) -> int:
+    """Training time of a checkpoint by the last number in its name, or in that of a folder above it.
+
+    Raises:
+        ConfigError: there is none.
+
+    Example:
+        >>> time_of(Path("run/checkpoint-1000/unet")), time_of(Path("epoch=3-step=1200.fp16.ckpt"))
+        (1000, 1200)
+    """
+    for name in (path.stem if path.is_file() or path.suffix else path.name, *_parents(path)):
+        numbers = _NUMBER.findall(_DTYPES.sub("", name))
+        if numbers:
+            return int(numbers[-1])
+    raise ConfigError(
+        f"{path}: no number in its name says at which step it was saved. Give the times with --times "
+        "100,200,300 or a listing (a .txt file of lines `time path`)."
+    )
+
+
+def _parents(path: Path) -> list[str]:
+    return [parent.name for parent in path.parents][:2]
+
+
+def _listing(path: Path) -> list[TimedCheckpoint]:
+    found = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise SnapshotFormatError(f"{path}: cannot be read as a listing: {error}.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        time, _, name = line.strip().partition(" ")
+        if not time.isascii() or not time.isdigit() or not name.strip():
+            raise SnapshotFormatError(
+                f"{path}: line {number} is not `time path`, for example `1000 checkpoint-1000`."
+            )
+        file = path.parent / name.strip()
+        if not file.exists():
+            raise SnapshotNotFoundError(f"{path}: line {number}: {file} does not exist.")
+        found.append(TimedCheckpoint(int(time), file))
+    return found
+
+
+# ---- planning
+
+
+def power_target(sigma_rel: float, time: int) -> Target:
+    """The target of a length; `RAW` is the last checkpoint itself."""
+    if sigma_rel == RAW:
+        return Target(None, "raw", label_of(RAW, time), RAW)
+    profile = PowerProfile(time, sigma_rel)
+    return Target(profile, f"sigma_rel {sigma_rel:g}", label_of(sigma_rel, time), sigma_rel)
+
+
+def plan_checkpoints(
+    checkpoints: Sequence[TimedCheckpoint],
+    targets: Sequence[Target],
+    *,
+    overrides: Sequence[tuple[str, float]] = (),
+    clock: str = "steps",
+) -> CheckpointPlan:
+    """Coefficients of the checkpoints for the wanted averages, and how well they can do.
+
+    Args:
+        checkpoints: by rising time; the last one is where the targets end.
+        targets: what is wanted.
+        overrides: (pattern of tensor names, sigma_rel): tensors of another length in all targets.
+        clock: unit of the times.
+
+    Raises:
+        InvalidProfileError: a length lies outside the family.
+    """
+    if not targets:
+        raise SynthesisError("a synthesis needs at least one target.")
+    time = checkpoints[-1].time
+    points = [PointProfile(c.time) for c in checkpoints]
+    others = [power_target(s, time) for _, s in overrides]
+    wanted = [t.profile or PointProfile(time) for t in (*targets, *others)]
+    result = fit(points, wanted, "random-walk")
+    x = result.coefficients.copy()
+    for i, target in enumerate((*targets, *others)):
+        if target.profile is None:  # exactly the last one, not up to rounding
+            x[:, i] = [0.0] * (len(points) - 1) + [1.0]
+    count = len(targets)
+    error = np.where([t.profile is None for t in targets], 0.0, result.relative_residual[:count])
+    return CheckpointPlan(
+        tuple(targets),
+        time,
+        tuple(checkpoints),
+        x[:, :count],
+        error,
+        np.abs(x[:, :count]).sum(axis=0),
+        tuple((p, s, x[:, count + i]) for i, (p, s) in enumerate(overrides)),
+        clock,
+    )
+
+
+def choose_times(
+    checkpoints: Sequence[TimedCheckpoint],
+    *,
+    at: int | None,
+    include: Collection[int] | None,
+    exclude: Collection[int],
+) -> list[TimedCheckpoint]:
+    """The checkpoints that may be used.
+
+    Raises:
+        SnapshotNotFoundError: `at`, or a time that is included or excluded, is no checkpoint's; or
+            none is left.
+    """
+    times = {c.time for c in checkpoints}
+    strange = sorted({*(include or ()), *exclude, *(() if at is None else (at,))} - times)
+    if strange:
+        near = sorted(sorted(times, key=lambda t: abs(t - strange[0]))[:3])
+        raise SnapshotNotFoundError(
+            f"no checkpoint is of time {strange[0]}; the nearest are {', '.join(map(str, near))}."
+        )
+    left = [
+        c
+        for c in checkpoints
+        if (at is None or c.time <= at)
+        and c.time not in exclude
+        and (include is None or c.time in include or c.time == at)
+    ]
+    if not left or (at is not None and left[-1].time != at):
+        raise SnapshotNotFoundError(
+            "the checkpoint at which the average ends is excluded; exclude others, or choose an "
+            "earlier --at."
+        )
+    return left
+
+
+# ---- executing
+
+
+@contextlib.contextmanager
+def checkpoint_recipe(
+    plan: CheckpointPlan,
+    *,
+    key: str | None = None,
+    copied: Sequence[str] = COPIED,
+    device: str = "auto",
+) -> Iterator[Recipe]:
+    """Open the checkpoints of a plan, compare them, and give the recipe.
+
+    Args:
+        plan: from `plan_checkpoints`.
+        key: where a file of torch.save keeps the model's state_dict, see `open_checkpoint`.
+        copied: patterns of names that are copied from the last checkpoint instead of averaged, as are
+            tensors of integers.
+        device: where the arithmetic runs, see `combine`.
+
+    Raises:
+        SnapshotFormatError: a checkpoint is damaged.
+        SnapshotMismatchError: names, shapes or dtypes differ between checkpoints.
+        ConfigError: a pattern of `overrides` matches nothing, or there is no state_dict.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = [open_checkpoint(c.path, stack, key) for c in plan.inputs]
+        table = _table(opened[-1], copied)
+        for checkpoint in opened[:-1]:
+            _check_same(opened[-1], checkpoint)
+        groups = _overridden(plan, table)
+
+        def blocks(names: Sequence[str], targets: Sequence[int]) -> Iterator[Block]:
+            sizes = sizes_of(table, names)
+            made = []
+            for mine, column in groups:
+                part = {n: s for n, s in sizes.items() if n in mine}
+                x = plan.coefficients[:, list(targets)]
+                if column is not None:
+                    x = np.tile(column[:, None], (1, len(targets)))
+                if part:
+                    made.append(Group(part, x.T))
+            return combine(opened, made)
+
+        yield Recipe(
+            table,
+            tuple(t.label for t in plan.targets),
+            tuple(_provenance(plan, i, opened) for i in range(len(plan.targets))),
+            {},
+            blocks,
+            opened[-1].read_copy,
+            sum(c.num_bytes for c in opened),
+        )
+
+
+def _table(checkpoint: Checkpoint, copied: Sequence[str]) -> TensorTable:
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in DTYPE_CODES:
+            raise SnapshotFormatError(
+                f"{checkpoint.path}: tensor {name!r} is of dtype {tensor.dtype}, which safetensors "
+                "cannot hold."
+            )
+        if tensor.identity in first and 0 not in tensor.shape:
+            aliases[name] = first[tensor.identity]
+            continue
+        first[tensor.identity] = name
+        kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in copied)
+        averaged = tensor.dtype in FLOATING and not kept
+        entries[name] = TensorEntry(name, tuple(tensor.shape), tensor.dtype, averaged)
+    if not any(entry.averaged for entry in entries.values()):
+        raise ConfigError(f"{checkpoint.path} holds no floating tensors that could be averaged.")
+    return TensorTable(entries, aliases)
+
+
+def _check_same(last: Checkpoint, other: Checkpoint) -> None:
+    rule = "All checkpoints must be of one model; leave others out with --exclude."
+    for name in [*last.tensors, *other.tensors]:
+        mine, its = last.tensors.get(name), other.tensors.get(name)
+        if mine is None or its is None:
+            has, lacks = (last, other) if its is None else (other, last)
+            raise SnapshotMismatchError(
+                f"{lacks.path}: tensor {name!r} is missing, {has.path} has it. {rule}"
+            )
+        if (mine.shape, mine.dtype) != (its.shape, its.dtype):
+            raise SnapshotMismatchError(
+                f"{other.path}: tensor {name!r} is {its.dtype} {its.shape}, in {last.path} it is "
+                f"{mine.dtype} {mine.shape}. {rule}"
+            )
+
+
+def _overridden(
+    plan: CheckpointPlan, table: TensorTable
+) -> list[tuple[set[str], FloatArray | None]]:
+    """Tensors with the coefficients that replace the targets' own; None for no replacement."""
+    averaged = [e.name for e in table.entries.values() if e.averaged]
+    owner: dict[str, int] = {}
+    for i, (pattern, _, _) in enumerate(plan.overrides):
+        found = fnmatch.filter(averaged, pattern)
+        if not found:
+            raise ConfigError(
+                f"--override {pattern!r} matches none of the {len(averaged)} averaged tensors (such as "
+                f"{averaged[0]!r}). Patterns are those of the shell: 'decoder.*', '*.bias'."
+            )
+        owner |= dict.fromkeys(found, i)
+    groups: list[tuple[set[str], FloatArray | None]] = [
+        ({n for n in averaged if n not in owner}, None)
+    ]
+    groups += [
+        ({n for n, o in owner.items() if o == i}, x) for i, (_, _, x) in enumerate(plan.overrides)
+    ]
+    return groups
+
+
+def _provenance(plan: CheckpointPlan, target: int, opened: Sequence[Checkpoint]) -> dict[str, Any]:
+    wanted = plan.targets[target]
+    value: dict[str, Any] = {
+        "tool": tool(),
+        "kind": "synthesized from checkpoints",
+        "sigma_rel": wanted.sigma_rel,
+        "time": plan.time,
+        "clock": plan.clock,
+        "norm": "random-walk",
+        "profile_error": float(plan.profile_error[target]),
+        "amplification": float(plan.amplification[target]),
+        "overrides": {pattern: s for pattern, s, _ in plan.overrides},
+        "inputs": [
+            {
+                "file": "/".join(c.path.parts[-2:]),
+                "time": c.time,
+                "coefficient": x,
+                **_fingerprint(c.path),
+            }
+            for c, x in zip(plan.inputs, plan.coefficients[:, target].tolist(), strict=True)
+            if x != 0.0 or c is plan.inputs[-1] or plan.overrides
+        ],
+    }
+    if wanted.sigma_rel is None:
+        value["profile"] = wanted.name
+    return value
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """Size and age of a checkpoint: tells a changed one, without reading it twice."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    stats = [file.stat() for file in files]
+    return {
+        "bytes": sum(s.st_size for s in stats),
+        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
+    }
+
+
+def gap_message(plan: CheckpointPlan, doubtful: float) -> str:
+    """What the gaps between the checkpoints cost, in words, where it is much; empty if it is not."""
+    names = [t.name for t, e in zip(plan.targets, plan.profile_error, strict=True) if e > doubtful]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: the {len(plan.inputs)} checkpoints are too few or too far apart for it "
+        f"(the gaps between them cost more than {doubtful:.0%} of what averaging does). Save more often, "
+        "track averages with `track`, or ask for a longer average."
+    )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from phema.options import At, Device, Json, Norm, find_store, parse_sigma_rels
@@ -70,6 +69,7 @@ class _Job:
 
 
 def command(
+    context: typer.Context,
     snapshots: Annotated[
         list[Path],
         typer.Argument(
@@ -181,7 +181,7 @@ def command(
     What was interrupted is continued by the same command.
     """
     if sigma_rel is None and not (profile and from_checkpoints):
-        raise click.UsageError("Missing option '--sigma-rel'.")
+        raise typer.BadParameter("Missing option '--sigma-rel' (or --profile).", context)
     sigma_rels = parse_sigma_rels(sigma_rel) if sigma_rel is not None else []
     overrides = parse_overrides(override or [])
     with contextlib.ExitStack() as stack:

@@ -39,6 +39,7 @@ from posthoc_ema.importers.plans import (
 )
 from posthoc_ema.importers.tensors import LazyTensor, to_float64
 from posthoc_ema.importers.torch_files import open_pickle
+from posthoc_ema.profiles import GammaProfile, PowerProfile
 
 _NAME = re.compile(r"(?P<index>\d{1,4})\.(?P<step>\d{1,18})\.pt")
 _PREFIX = "ema_model."
@@ -111,15 +112,21 @@ def plan_average_folder(source: Path, options: ImportOptions, kind: str) -> Impo
     if not files:
         raise SnapshotNotFoundError(f"{source} holds only files of time 0: no training to average.")
     if options.update_every > 1:
-        asked, tracked = options.sigma_rels, [f.profile for f in files[:lengths]]
+        tracked = [tracked_profile(1, asked, options.update_every) for asked in options.sigma_rels]
         texts = [
-            f"{a:g} is {getattr(b, 'sigma_rel', 0):.4g}"
-            for a, b in zip(asked, tracked, strict=False)
+            f"{asked:g} is {_words(profile)}"
+            for asked, profile in zip(options.sigma_rels, tracked, strict=True)
         ]
         notes.append(
             f"updates every {options.update_every} steps tracked other lengths: {', '.join(texts)}."
         )
     return plan_files(kind, "steps", files, {"imported_from": kind}, notes)
+
+
+def _words(profile: PowerProfile | GammaProfile) -> str:
+    if isinstance(profile, GammaProfile):
+        return f"gamma {profile.gamma:.3g}"
+    return f"sigma_rel {profile.sigma_rel:.4g}"
 
 
 def _on_own_clock(

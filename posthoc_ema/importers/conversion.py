@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.store import NewAverage, SnapshotStore
 from posthoc_ema.tensor_files import fsync_directory
 
+_SAMPLE = 1 << 16  # elements of a tensor that tell its rounding error
 KINDS = ("edm2", "ema-pytorch", "nitrous", "posthoc-ema", "kohya")
 """Tools whose files can be imported."""
 
@@ -134,7 +136,7 @@ def write_import(
                 progress(done, len(plan.files))
             with file.open() as found:
                 damaged: set[str] = set()
-                average = NewAverage(file.profile, dtype, _reader(found, damaged))
+                average = NewAverage(file.profile, dtype, _reader(found, damaged), _noise(found))
                 store.add(file.time, [average], replace_raw=False)
             if damaged and not notes:
                 notes.append(
@@ -165,6 +167,28 @@ def _open_partial(partial: Path, plan: ImportPlan, run_id: str) -> SnapshotStore
     return SnapshotStore.resume(
         partial, run_id=run_id, clock=plan.clock, table=plan.table, time=plan.files[-1].time
     )
+
+
+def _noise(found: Contents) -> float:
+    """Mean square error that the file's own dtype left in its averages: ulp^2 / 12 of its elements."""
+    total, count = 0.0, 0
+    for name, tensor in found.tensors.items():
+        if name not in found.copied:
+            count += math.prod(tensor.shape)
+            if tensor.dtype in ("float16", "bfloat16"):
+                total += _rounding(tensor.read(), tensor.dtype)
+    return total / count if count else 0.0
+
+
+def _rounding(bits: AnyArray, dtype: str) -> float:
+    """Sum of ulp^2 / 12 over the finite elements of a tensor, from a sample of a large one."""
+    every = max(1, bits.size // _SAMPLE)
+    values = bits.reshape(-1)[::every]
+    if dtype == "bfloat16":
+        values = (values.astype("<u4") << np.uint32(16)).view("<f4")
+    ulp = np.spacing(np.abs(values[np.isfinite(values)])).astype(np.float64)
+    ulp *= 2.0**16 if dtype == "bfloat16" else 1.0
+    return float(np.sum(ulp**2)) / 12 * every
 
 
 def _reader(found: Contents, damaged: set[str]) -> Callable[[str], AnyArray]:

@@ -16,12 +16,12 @@ from posthoc_ema.codecs import DTYPE_CODES, FLOATING, storage_dtype
 from posthoc_ema.errors import ConfigError, SnapshotFormatError, SnapshotMismatchError
 from posthoc_ema.importers.tensors import CountTensor, LazyTensor, PickledTensor
 from posthoc_ema.profiles import (
-    PointProfile,
+    GammaProfile,
     PowerProfile,
     gamma_from_sigma_rel,
     sigma_rel_from_gamma,
 )
-from posthoc_ema.snapshot import StoredProfile, TensorEntry, TensorTable
+from posthoc_ema.snapshot import StoredProfile, TensorEntry, TensorTable, label_of
 
 _COPIED_ENDINGS = ("running_mean", "running_var", "num_batches_tracked")
 _MOST_TIMES = 16  # bytes of tensors per byte of their file
@@ -197,12 +197,12 @@ def plan_files(
         SnapshotMismatchError: two files hold the same average, or different tensors.
         SnapshotFormatError: a file is damaged.
     """
-    ordered = sorted(files, key=lambda f: (f.time, getattr(f.profile, "sigma_rel", 0.0)))
+    ordered = sorted(files, key=lambda f: (f.time, label_of(f.profile)))
     for a, b in itertools.pairwise(ordered):
         if (a.time, a.profile) == (b.time, b.profile):
             raise SnapshotMismatchError(
-                f"{a.path} and {b.path.name} hold the same average ({_named(a)}): two runs in one "
-                "folder? Keep the files of one run there."
+                f"{a.path} and {b.path.name} hold the same average, {label_of(a.profile)} at time "
+                f"{a.time}: two runs in one folder? Keep the files of one run there."
             )
     table: TensorTable | None = None
     for file in ordered:
@@ -224,12 +224,6 @@ def plan_files(
 
 def _num_bytes(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape) * storage_dtype(tensor.dtype).itemsize
-
-
-def _named(file: SourceFile) -> str:
-    if isinstance(file.profile, PointProfile):
-        return f"the raw weights at time {file.time}"
-    return f"{file.profile}"
 
 
 def _difference(first: TensorTable, given: TensorTable, name: str) -> str:
@@ -272,33 +266,31 @@ def _ages(files: Sequence[SourceFile]) -> list[str]:
     return []
 
 
-def tracked_profile(time: int, sigma_rel: float, update_every: int) -> StoredProfile:
+def tracked_profile(time: int, sigma_rel: float, update_every: int) -> PowerProfile | GammaProfile:
     """What a tool tracked that uses the decay of one step but updates every `update_every` steps.
 
     With beta = (1 - 1/t)^(gamma+1) applied once in k steps, the share of the first t' steps at t is
-    (t'/t)^((gamma+1)/k): a power profile of gamma_eff = (gamma+1)/k - 1.
+    (t'/t)^((gamma+1)/k): a power profile of gamma_eff = (gamma+1)/k - 1. Below 0, where no sigma_rel
+    names it, early weights count most.
 
     Args:
         time: end of the profile, > 0.
         sigma_rel: the length that was asked for.
         update_every: k.
 
-    Raises:
-        ConfigError: gamma_eff is negative; the store cannot hold such a profile.
-
     Example:
         >>> tracked_profile(1000, 0.05, 1)
         PowerProfile(t=1000, sigma_rel=0.05)
-        >>> round(tracked_profile(1000, 0.05, 10).sigma_rel, 3)
-        0.246
+        >>> label_of(tracked_profile(1000, 0.05, 10))[:16]
+        'sigma_rel-0.2459'
+        >>> label_of(tracked_profile(1000, 0.10, 10))[:12]
+        'gamma--0.206'
     """
     if update_every == 1:
         return PowerProfile(time, sigma_rel)
     gamma = (float(gamma_from_sigma_rel(sigma_rel)) + 1) / update_every - 1
-    if gamma < 0:
-        raise ConfigError(
-            f"with an update every {update_every} steps, sigma_rel {sigma_rel:g} became gamma = "
-            f"{gamma:.3f}, which no sigma_rel names: more than half of the weight lies on the first "
-            "steps, and a store cannot hold such averages. Import the others by leaving these files out."
-        )
-    return PowerProfile(time, float(sigma_rel_from_gamma(gamma)))
+    return GammaProfile(time, gamma) if gamma < 0 else PowerProfile(time, _sigma_rel(gamma))
+
+
+def _sigma_rel(gamma: float) -> float:
+    return float(sigma_rel_from_gamma(gamma))

@@ -209,7 +209,7 @@ def _pair_products(
     """Integral of (T_i - T_j)^2 over each cell, shape (num_pairs, num_cells)."""
     nodes, weights = quadrature(profiles)
     products = np.zeros((len(pairs), len(edges) - 1))
-    step = max(1, 2**21 // max(len(pairs), len(profiles)))  # bounded memory: 16 MB at a time
+    step = max(1, 2**20 // max(len(pairs), len(profiles)))  # bounded memory: 8 MB at a time
     for start in range(0, len(nodes), step):
         tau = nodes[start : start + step]
         view = tails(profiles, tau)

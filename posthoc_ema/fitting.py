@@ -22,6 +22,9 @@ from posthoc_ema.profiles import FloatArray, Profile
 
 FitNorm = Literal["random-walk", "density", "published"]
 
+_ROUNDS = 12
+"""Rounds of refinement at most; a condition of 1e12 needs about five."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -35,6 +38,8 @@ class Fit:
             (random-walk) or of the target itself (density); 0 is exact. Shape (num_targets,).
         amplification: sum of |coefficients|, shape (num_targets,): how much storage errors can grow.
         norm: the norm that was asked for.
+        noise_norm: sqrt(sum noise_i x_i^2), shape (num_targets,), in the unit of `residual`: what storage
+            adds. sqrt(q (residual^2 + noise_norm^2)) is the expected error for a constant scale q.
     """
 
     coefficients: FloatArray
@@ -42,6 +47,7 @@ class Fit:
     relative_residual: FloatArray
     amplification: FloatArray
     norm: FitNorm
+    noise_norm: FloatArray
 
 
 def fit(
@@ -101,12 +107,12 @@ def fit(
         # Any horizon at or after the last end will do; a little later keeps the raw weights at the
         # last time (displacement 0) from making the system singular.
         horizon = max(p.t for p in (*inputs, *targets)) * (1 + 1e-6)
-        gram = displacement_products(inputs, inputs, horizon)
-        products = displacement_products(inputs, targets, horizon)
+        gram = displacement_products(inputs, inputs, horizon, np.longdouble)
+        products = displacement_products(inputs, targets, horizon, np.longdouble)
     else:
-        gram = density_products(inputs, inputs)
-        products = density_products(inputs, targets)
-    gram = gram + np.diag(noise)
+        gram = density_products(inputs, inputs, np.longdouble)
+        products = density_products(inputs, targets, np.longdouble)
+    gram[np.diag_indices_from(gram)] += noise
     x = _solve_free(gram, products) if norm == "published" else _solve(gram, products)
     residual = residual_norms(inputs, targets, x, metric)
     return Fit(
@@ -115,6 +121,7 @@ def fit(
         relative_residual=residual / _target_scale(targets, metric),
         amplification=np.abs(x).sum(axis=0),
         norm=norm,
+        noise_norm=np.sqrt(noise @ x**2),
     )
 
 
@@ -135,12 +142,18 @@ def _target_scale(targets: Sequence[Profile], norm: Norm) -> FloatArray:
 
 
 class _Factor:
-    """Solves gram @ x = b for a positive semi-definite gram, scaled to a unit diagonal."""
+    """Solves gram @ x = b for a positive semi-definite gram, scaled to a unit diagonal.
+
+    The factor is float64, the gram extended: refinement against it gives coefficients that are as good
+    as the gram's digits. In float64 alone a thousand inputs with a noise of 1e-8 are right to 1e-5 only.
+    """
 
     def __init__(self, gram: FloatArray) -> None:
-        self.gram = gram
-        self.scale = 1 / np.sqrt(np.diag(gram))
-        scaled = gram * self.scale * self.scale[:, None]
+        diagonal = np.diag(gram).astype(np.float64)
+        self.scale = 1 / np.sqrt(diagonal)
+        self.gram = gram * self.scale
+        self.gram *= self.scale[:, None]
+        scaled = self.gram.astype(np.float64)
         self.inverse: FloatArray | None = None
         self.cholesky: FloatArray | None = None
         try:
@@ -168,18 +181,29 @@ class _Factor:
 
     def solve(self, b: FloatArray) -> FloatArray:
         """Solution for right-hand sides of shape (num_inputs, num_columns)."""
-        x = self._apply(b)
-        # One step of refinement: the residual costs one product and removes most of the rounding
-        # that the factorisation left.
-        return x + self._apply(b - self.gram @ x)
+        b = b * self.scale[:, None]
+        x: FloatArray = self._apply(b).astype(np.longdouble)
+        last = np.inf
+        # Each round gains the digits that the condition leaves to the factor. A pseudo-inverse gets
+        # one: what it has left out does not come back.
+        for _ in range(_ROUNDS if self.inverse is None else 1):
+            step = self._apply(b - self.gram @ x)
+            size = float(np.abs(step).max(initial=0.0))
+            if size >= last / 2:
+                break
+            x += step
+            if size <= 1e-15 * float(np.abs(x).max()):
+                break
+            last = size
+        return x * self.scale[:, None]
 
     def _apply(self, b: FloatArray) -> FloatArray:
-        scaled = b * self.scale[:, None]
+        b = b.astype(np.float64)
         if self.inverse is not None:
-            return (self.inverse @ scaled) * self.scale[:, None]
+            return self.inverse @ b
         assert self.cholesky is not None
-        solution: FloatArray = scipy.linalg.cho_solve((self.cholesky, True), scaled)
-        return solution * self.scale[:, None]
+        solution: FloatArray = scipy.linalg.cho_solve((self.cholesky, True), b)
+        return solution
 
 
 def _solve(gram: FloatArray, products: FloatArray) -> FloatArray:
@@ -188,6 +212,7 @@ def _solve(gram: FloatArray, products: FloatArray) -> FloatArray:
     ones = np.ones((len(gram), 1))
     free, u = np.split(factor.solve(np.hstack([products, ones])), [-1], axis=1)
     x = free - u * ((free.sum(axis=0) - 1) / u.sum())
+    x = (x / x.sum(axis=0)).astype(np.float64)
     return x / x.sum(axis=0)  # removes the last rounding of the sum
 
 
@@ -200,4 +225,4 @@ def _solve_free(gram: FloatArray, products: FloatArray) -> FloatArray:
             "norm='published' cannot make a target that has no share in the time of the inputs: its "
             "free coefficients are all 0. Use norm='random-walk' or 'density'."
         )
-    return x / total
+    return (x / total).astype(np.float64)

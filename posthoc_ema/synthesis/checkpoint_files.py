@@ -8,7 +8,9 @@ pickles are read as data (`posthoc_ema.importers.restricted_pickle`).
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,8 @@ MODEL_KEYS = ("state_dict", "model", "model_state_dict", "module", "net", "netwo
 """Keys under which checkpoints keep the model's state_dict, in the order in which they are tried."""
 _WRAPPERS = ("module.", "_orig_mod.")
 _SINGLE = ("model", "diffusion_pytorch_model", "adapter_model")
+_RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_SHARDING = "DCP_SHARDING_INFO"
 DCP = ".metadata"
 """File that makes a folder a torch.distributed.checkpoint."""
 
@@ -109,8 +113,16 @@ def is_checkpoint(path: Path) -> bool:
     if path.is_file():
         return path.suffix in (*PICKLES, ".safetensors")
     return path.is_dir() and (
-        (path / DCP).is_file() or _index(path) is not None or _weights(path) is not None
+        (path / DCP).is_file()
+        or _index(path) is not None
+        or _weights(path) is not None
+        or bool(_rank_shards(path))
     )
+
+
+def _rank_shards(folder: Path) -> list[Path]:
+    """Files of HuggingFaceStorageWriter before they are consolidated: one or more per rank."""
+    return sorted(p for p in folder.glob("shard-*.safetensors") if _RANK_SHARD.fullmatch(p.name))
 
 
 def _index(folder: Path) -> Path | None:
@@ -151,6 +163,8 @@ def open_checkpoint(path: Path, stack: contextlib.ExitStack, key: str | None = N
             tensors = {k: v for n in names for k, v in _read_safetensors(path / n).items()}
         elif weights is not None:
             return Checkpoint(path, open_checkpoint(weights, stack, key).tensors)
+        elif files := _rank_shards(path):
+            tensors = _read_rank_shards(files)
         else:
             raise SnapshotFormatError(f"{path}: holds no weights that can be read.")
     elif path.suffix == ".safetensors":
@@ -272,11 +286,13 @@ def find_state_dict(value: Any, path: Path, key: str | None) -> dict[str, FlatTe
         found = _dict(found).get(part)
         if found is None:
             raise ConfigError(f"--key {key}: {path} has no {part!r}. Its keys are {_keys(value)}.")
-    if key is None:
-        inner = [k for k in MODEL_KEYS if _tensors(_dict(_dict(value).get(k)))]
-        if inner:
-            found = _dict(value)[inner[0]]
-    tensors = _tensors(_dict(found))
+    inner = [k for k in MODEL_KEYS if key is None and _tensors(_dict(_dict(value).get(k)))]
+    if inner:
+        found = _dict(value)[inner[0]]
+    top = key is None and not inner
+    # At the top, dicts of tensors are other things than the model: optimizers, other averages.
+    kept = {k: v for k, v in _dict(found).items() if not (top and isinstance(v, Mapping))}
+    tensors = _tensors(kept)
     if not tensors:
         raise ConfigError(
             f"{path} holds no state_dict under {key or ', '.join(MODEL_KEYS)}. Its keys are "
@@ -440,6 +456,34 @@ def _dcp_tensors(folder: Path, metadata: dict[str, Any], stack: contextlib.ExitS
             at = at.setdefault(str(part), {})
         at[str(path[-1])] = _Chunked(dtype, shape, chunks)
     return nested
+
+
+def _read_rank_shards(files: Sequence[Path]) -> dict[str, FlatTensor]:
+    """Tensors of which each rank wrote a piece; where it belongs stands in the file's metadata."""
+    pieces: dict[str, list[tuple[tuple[int, ...], FlatTensor]]] = {}
+    for path in files:
+        file = _LazyFile(path)
+        with told(path, _SHARDING):
+            try:
+                where = json.loads(file.header.metadata[_SHARDING])
+                for name, info in file.header.tensors.items():
+                    offset = _size(where[name]["saved_offsets"])
+                    if len(offset) != len(info.shape):
+                        raise ValueError("the place of a piece is malformed")
+                    pieces.setdefault(name, []).append((offset, _SafeTensor(file, info)))
+            except (KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"it does not say where its pieces belong ({error})") from None
+    found: dict[str, FlatTensor] = {}
+    for name, chunks in pieces.items():
+        ends = [tuple(map(sum, zip(offset, t.shape, strict=True))) for offset, t in chunks]
+        shape = tuple(max(axis) for axis in zip(*ends, strict=True))
+        if sum(math.prod(t.shape) for _, t in chunks) != math.prod(shape):
+            raise SnapshotFormatError(
+                f"{files[0].parent}: the pieces of tensor {name!r} do not make up the tensor; files of "
+                "some ranks are missing. Consolidate the checkpoint, or leave it out with --exclude."
+            )
+        found[name] = _Chunked(chunks[0][1].dtype, shape, chunks)
+    return found
 
 
 def _size(value: Any) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ class LeastSquares:
         noise: FloatArray,
         targets: Sequence[Profile],
         end: float,
-        density: Density | None,
+        density: Density | None = None,
     ) -> None:
         if density is None:
             # A little later than the end, so that raw weights at the end (displacement 0) do no harm.

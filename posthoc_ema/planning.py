@@ -5,8 +5,6 @@ predicted error needs one number that only training knows, the **drift**: sqrt(q
 distance that the weights walk over the whole run (as a random walk, EDM2's averages aside) relative to their
 norm. Errors of profiles are proportional to it; storage errors of differences too, storage errors of
 the weights themselves not. `DEFAULT_DRIFT` comes from measured runs (docs/how-to/plan-and-prune.md).
-
-Pure numbers: codecs are known here by what a weight costs and how much of it is lost.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from posthoc_ema.errors import ConfigError
-from posthoc_ema.inner_products import displacement_products
 from posthoc_ema.least_squares import Density, LeastSquares
 from posthoc_ema.profiles import FloatArray, PowerProfile, gamma_from_sigma_rel
 from posthoc_ema.retention import targets_of
+from posthoc_ema.storage_costs import codec_files, disk_bytes, storage_noise, tracker_bytes
 
 DEFAULT_DRIFT = 0.3
 """Assumed walk of the weights over a run, relative to their norm: 0.28 and 0.32 in measured runs."""
@@ -30,15 +28,10 @@ DEFAULT_DRIFT = 0.3
 DEFAULT_TIMES = 64
 """Snapshot times of a plan whose interval is not given."""
 
-KEY_EVERY = 16
-"""Files of a chain of differences; the first is stored by itself, in float32."""
-
-_KEY_BYTES = 4.0
-_FLOAT32_ROUNDING = 2.1e-4 * 2.0**-13
 _MOST_TIMES = 256  # that a search tries
 _FEWEST_TIMES = 4
 _STRIDE = 8
-_SEARCHED = ("delta-float16", "delta-int8", "float16", "bfloat16", "float32")
+_SEARCHED = ("delta", "delta-float16", "delta-int8", "float16", "bfloat16", "float32")
 
 PROFILE_SETS: tuple[tuple[float, ...], ...] = (
     (0.05, 0.10),
@@ -49,119 +42,6 @@ PROFILE_SETS: tuple[tuple[float, ...], ...] = (
     (0.015, 0.05, 0.20),
 )
 """Tracked lengths that a search tries; the published pair first."""
-
-
-@dataclass(frozen=True)
-class CodecCost:
-    """What a codec costs and loses.
-
-    Attributes:
-        bytes_per_weight: of a file that is no key frame.
-        rounding: root mean square rounding error over the root mean square of what is rounded.
-        is_delta: whether differences to the average before are rounded, or the weights.
-    """
-
-    bytes_per_weight: float
-    rounding: float
-    is_delta: bool
-
-
-# Rounding to p significant bits loses 2.1e-4 * 2^(11 - p) of normally distributed numbers; a block of 64
-# int8 with one scale loses max / 127 / sqrt(12), and the largest of 64 is about 2.5 rms.
-CODEC_COSTS: dict[str, CodecCost] = {
-    "float32": CodecCost(4.0, _FLOAT32_ROUNDING, False),
-    "float16": CodecCost(2.0, 2.1e-4, False),
-    "bfloat16": CodecCost(2.0, 1.7e-3, False),
-    "delta-float16": CodecCost(2.0, 2.1e-4, True),
-    "delta-int8": CodecCost(1.0 + 2.0 / 64, 6e-3, True),
-}
-"""Codec name -> cost."""
-
-
-def codec_cost(codec: str) -> CodecCost:
-    """Cost of a codec by its name.
-
-    Raises:
-        ConfigError: there is none of this name.
-
-    Example:
-        >>> codec_cost("delta-int8").bytes_per_weight
-        1.03125
-    """
-    if codec not in CODEC_COSTS:
-        raise ConfigError(f"dtype must be one of {', '.join(CODEC_COSTS)}, got {codec!r}.")
-    return CODEC_COSTS[codec]
-
-
-def disk_bytes(codec: str, num_times: int, num_profiles: int, parameters: float) -> float:
-    """Bytes of all stored averages, the raw weights and headers not counted.
-
-    Args:
-        codec: name of the codec.
-        num_times: snapshot times.
-        num_profiles: averages of each time.
-        parameters: averaged weights of the model.
-
-    Example:
-        >>> disk_bytes("float16", 64, 2, 50e6) / 1e9
-        12.8
-    """
-    cost = codec_cost(codec)
-    keys = math.ceil(num_times / KEY_EVERY) if cost.is_delta else 0
-    per_weight = keys * _KEY_BYTES + (num_times - keys) * cost.bytes_per_weight
-    return per_weight * num_profiles * parameters
-
-
-def tracker_bytes(num_profiles: int, parameters: float) -> float:
-    """Memory of the tracker beside the parameters: a float32 copy per tracked length."""
-    return 4.0 * num_profiles * parameters
-
-
-def storage_noise(
-    codec: str,
-    profiles: Sequence[PowerProfile],
-    drift: float,
-    steps: float,
-    key_every: int = KEY_EVERY,
-) -> FloatArray:
-    """Variance of the storage error of each average, over the mean square of the weights.
-
-    Args:
-        codec: name of the codec.
-        profiles: stored averages, (num_profiles); those of one length form a chain of differences.
-        drift: walk of the weights over `steps`, relative to their norm.
-        steps: length of the run, in the clock of the profiles.
-        key_every: files of a chain, the key frame included.
-
-    Returns:
-        Shape (num_profiles,).
-
-    Raises:
-        ConfigError: unknown codec.
-
-    Example:
-        >>> storage_noise("float16", [PowerProfile(10, 0.1)], 0.3, 10).round(10).tolist()
-        [4.41e-08]
-    """
-    cost = codec_cost(codec)
-    if not cost.is_delta:
-        return np.full(len(profiles), cost.rounding**2)
-    noise = np.full(len(profiles), _FLOAT32_ROUNDING**2)
-    for sigma_rel in {p.sigma_rel for p in profiles}:
-        order = [i for i, p in enumerate(profiles) if p.sigma_rel == sigma_rel]
-        order.sort(key=lambda i: profiles[i].t)
-        for k in range(1, len(order)):
-            if k % key_every:
-                before, now = profiles[order[k - 1]], profiles[order[k]]
-                moved = drift**2 * _squared_distance(before, now) / steps
-                noise[order[k]] += cost.rounding**2 * moved
-    return noise
-
-
-def _squared_distance(a: PowerProfile, b: PowerProfile) -> float:
-    """Integral of (T_a - T_b)^2."""
-    gram = displacement_products([a, b], [a, b], max(a.t, b.t))
-    return float(gram[0, 0] + gram[1, 1] - 2 * gram[0, 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +91,7 @@ def make_plan(
     tracked: Sequence[float],
     parameters: float,
     *,
-    codec: str = "delta-float16",
+    codec: str = "delta",
     sigma_rels: Sequence[float] | FloatArray = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25),
     drift: float = DEFAULT_DRIFT,
     density: Density | None = None,
@@ -242,11 +122,13 @@ def make_plan(
         (100, 200.0, 8.0)
     """
     _check_plan(steps, every, tracked, parameters, drift)
+    codec_files(codec)  # raises for an unknown one
     num_times = steps // every
     end = num_times * every
-    inputs = [PowerProfile(every * k, s) for k in range(1, num_times + 1) for s in tracked]
     targets = [PowerProfile(end, float(s)) for s in sigma_rels]
-    noise = storage_noise(codec, inputs, drift, steps)
+    times = [every * k for k in range(1, num_times + 1)]
+    inputs = [PowerProfile(t, s) for t in times for s in tracked]
+    noise = storage_noise(codec, times, tracked, drift, steps).ravel()
     q = drift**2 / steps  # per unit of time, over the mean square of the weights
     problem = LeastSquares(inputs, noise / q, targets, end, density)
     f = problem.solve(np.arange(len(inputs))).f

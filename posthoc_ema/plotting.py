@@ -208,3 +208,32 @@ def plot_images(panels: Sequence[tuple[str, npt.NDArray[np.uint8]]], path: Path)
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title)
     _save(figure, path)
+
+
+def plot_errors(
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], path: Path, *, title: str = ""
+) -> None:
+    """Predicted error against sigma_rel, of plans or of stores.
+
+    Args:
+        curves: (label, sigma_rels rising, predicted errors over the norm of the weights) of each.
+        path: picture to write; its ending decides the format (.png, .pdf, .svg).
+        title: title of the picture.
+
+    Raises:
+        SnapshotWriteError: the picture cannot be written; an older one is untouched.
+    """
+    figure = _figure(7.2, 4.4)
+    axes = figure.subplots()
+    for colour, (name, sigma_rels, errors) in zip(_COLOURS * len(curves), curves, strict=False):
+        axes.plot(sigma_rels, errors, color=colour, linewidth=1.8, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _length_ticks(axes, sorted({s for _, lengths, _ in curves for s in lengths}))
+    axes.set_xlabel("averaging length sigma_rel")
+    axes.set_ylabel("predicted error / norm of the weights")
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title, loc="left")
+    _tidy(axes)
+    _save(figure, path)

@@ -17,11 +17,18 @@ from posthoc_ema.errors import ConfigError
 
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
-Codec = Literal["float32", "float16", "bfloat16", "delta-float16", "delta-int8"]
+Codec = Literal["float32", "float16", "bfloat16", "delta", "delta-float16", "delta-int8"]
 CODECS: tuple[str, ...] = get_args(Codec)
+"""What can be asked for: "delta" chooses a width for each average."""
+FILE_CODECS: tuple[str, ...] = (*STORE_DTYPES, "delta-float16", "delta-int8")
+"""What a file can be."""
 _ELEMENTS = {"delta-float16": "float16", "delta-int8": "int8"}
-KEY_FRAME: dict[str, str] = {"delta-float16": "float32", "delta-int8": "float32"}
-"""delta codec -> dtype of the files that start its chains."""
+DELTA_WIDTHS: dict[str, tuple[str, str]] = {
+    "delta": ("delta-float16", "delta-int8"),
+    "delta-float16": ("delta-float16", "delta-float16"),
+    "delta-int8": ("delta-int8", "delta-int8"),
+}
+"""codec -> how differences of the shortest profile and of the others are stored."""
 BLOCK = 64
 """Elements that share one scale in delta-int8."""
 SCALES = ":scales"
@@ -79,8 +86,8 @@ def check_codec(codec: str) -> Codec:
 
 
 def is_delta(codec: str) -> bool:
-    """Whether files of this codec hold differences to an earlier average."""
-    return codec in _ELEMENTS
+    """Whether this codec stores differences to other averages."""
+    return codec in DELTA_WIDTHS
 
 
 def element_dtype(codec: str) -> str:

@@ -23,6 +23,8 @@ from posthoc_ema.snapshot import (
     TensorTable,
     is_snapshot_file_name,
     kind_of,
+    order_of,
+    profile_from_json,
     revision_of,
 )
 from posthoc_ema.tensor_files import Header, no_duplicates, read_header
@@ -134,16 +136,13 @@ def _parse_manifest(value: dict[str, Any]) -> Manifest:
 
 
 def _check_bases(records: tuple[SnapshotRecord, ...]) -> None:
-    by_file = {record.file: record for record in records}
+    """Every base is listed, and before what stands on it: so there are no circles."""
+    before: set[str] = set()
     for record in records:
-        if record.base is not None:
-            base = by_file.get(record.base)
-            if base is None:
-                raise ValueError(f"{record.file}: its base {record.base!r} is not listed")
-            if base.time >= record.time or kind_of(base.profile) != kind_of(record.profile):
-                raise ValueError(
-                    f"{record.file}: {record.base} is not an earlier average of its kind"
-                )
+        for base, _ in record.bases:
+            if base not in before:
+                raise ValueError(f"{record.file}: its base {base!r} is not listed before it")
+        before.add(record.file)
 
 
 def own_description(path: Path, header: Header) -> dict[str, Any]:
@@ -204,33 +203,33 @@ def rebuild_manifest(folder: Path) -> Manifest:
                 f"{path.name} and {first.name} are not of one run. Move the files of the other run "
                 "elsewhere first."
             )
-    records = _with_bases([(record, own.get("base")) for *_, own, record in found])
+    records = _with_bases([(record, own.get("bases", [])) for *_, own, record in found])
     return Manifest(manifest.run_id, manifest.clock, manifest.table, manifest.metadata, records)
 
 
 def _with_bases(found: list[tuple[SnapshotRecord, Any]]) -> tuple[SnapshotRecord, ...]:
-    """Records with the files of their bases filled in; those whose base is lost are left out.
+    """Records with the files of their bases filled in; those whose bases are lost are left out.
 
     Of several revisions of one average, left by a crash, the newest counts.
     """
     newest: dict[tuple[int, str], tuple[SnapshotRecord, Any]] = {}
-    for record, base_time in sorted(found, key=lambda pair: revision_of(pair[0]) or 0):
-        newest[record.time, kind_of(record.profile)] = (record, base_time)
+    for record, bases in sorted(found, key=lambda pair: revision_of(pair[0]) or 0):
+        newest[record.time, kind_of(record.profile)] = (record, bases)
     kept: dict[tuple[int, str], SnapshotRecord] = {}
-    for (time, kind), (record, base_time) in sorted(newest.items()):
-        if base_time is None:
-            kept[time, kind] = record
-        elif (base_time, kind) in kept:
-            kept[time, kind] = replace(record, base=kept[base_time, kind].file)
-    return tuple(sorted(kept.values(), key=lambda r: (r.time, r.file)))
+    for key, (record, bases) in sorted(newest.items(), key=lambda item: order_of(item[1][0])):
+        try:
+            named = [((t, kind_of(profile_from_json(p, t))), float(x)) for t, p, x in bases]
+        except (ValueError, TypeError):
+            continue
+        if all(base in kept for base, _ in named):
+            kept[key] = replace(record, bases=tuple((kept[base].file, x) for base, x in named))
+    return tuple(kept.values())
 
 
 def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecord:
-    base, noise = own.get("base"), own.get("noise")
-    if not isinstance(base, int | None) or isinstance(base, bool):
-        raise ValueError("its base is no time")
-    if not isinstance(noise, str | None):
-        raise ValueError("its noise is no number")
+    noise = own.get("noise")
+    if not isinstance(noise, str | None) or not isinstance(own.get("bases", []), list):
+        raise ValueError("its noise or its bases are malformed")
     row = {
         "file": path.name,
         "time": own.get("time"),
@@ -238,7 +237,8 @@ def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecor
         "dtype": own.get("dtype"),
         "bytes": header.file_bytes,
         "header_xxh3": header.checksum,
-        "base": None if base is None else "",  # which file it is, is known when all are read
+        # Which files the bases are, is known when all are read.
+        "bases": [["", 1.0]] if own.get("bases") else [],
         "noise": None if noise is None else float(noise),
     }
     record = SnapshotRecord.from_json(row)

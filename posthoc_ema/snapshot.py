@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from posthoc_ema.classical_profiles import ExponentialProfile, TabulatedProfile, UniformProfile
-from posthoc_ema.codecs import BLOCK, CODECS, DTYPE_CODES, FLOATING, SCALES, element_dtype, is_delta
+from posthoc_ema.codecs import (
+    BLOCK,
+    DTYPE_CODES,
+    FILE_CODECS,
+    FLOATING,
+    SCALES,
+    element_dtype,
+    is_delta,
+)
 from posthoc_ema.errors import InvalidProfileError
 from posthoc_ema.profiles import GammaProfile, PointProfile, PowerProfile
 from posthoc_ema.tensor_files import checksum, data_order
@@ -116,10 +124,11 @@ class SnapshotRecord:
         file: name of its file inside the store's folder.
         time: training time, exact, in the store's clock.
         profile: which average; `PointProfile` is the raw weights.
-        dtype: codec of the averaged tensors, one of `codecs.CODECS`.
+        dtype: codec of the averaged tensors, one of `codecs.FILE_CODECS`.
         file_bytes: size of the file.
         header_checksum: xxh3_64 of the file's header, which holds the checksums of the tensors.
-        base: file of the average to which this one is the difference; None if it stands by itself.
+        bases: (file, coefficient) of the averages whose sum is taken off before storing; empty if the
+            average stands by itself.
         noise: mean square storage error of an averaged element; None if it was not measured (schema 1).
     """
 
@@ -129,7 +138,7 @@ class SnapshotRecord:
     dtype: str
     file_bytes: int
     header_checksum: str
-    base: str | None = None
+    bases: tuple[tuple[str, float], ...] = ()
     noise: float | None = None
 
     @property
@@ -146,7 +155,7 @@ class SnapshotRecord:
             "dtype": self.dtype,
             "bytes": self.file_bytes,
             "header_xxh3": self.header_checksum,
-            **({"base": self.base} if self.base is not None else {}),
+            **({"bases": [list(pair) for pair in self.bases]} if self.bases else {}),
             **({"noise": self.noise} if self.noise is not None else {}),
         }
 
@@ -163,11 +172,11 @@ class SnapshotRecord:
         if type(time) is not int or not 0 < time < 2**63:
             raise ValueError(f"{file}: the time {time!r} is not a positive integer")
         dtype, size, digest = value.get("dtype"), value.get("bytes"), value.get("header_xxh3")
-        if dtype not in CODECS:
+        if dtype not in FILE_CODECS:
             raise ValueError(f"{file}: the dtype {dtype!r} is not one that averages are stored in")
-        base, noise = value.get("base"), value.get("noise")
-        if is_delta(dtype) != (base is not None) or not isinstance(base, str | None):
-            raise ValueError(f"{file}: its base {base!r} does not fit its dtype {dtype}")
+        bases, noise = _pairs(value.get("bases", []), str), value.get("noise")
+        if bases is None or is_delta(dtype) != bool(bases):
+            raise ValueError(f"{file}: its bases do not fit its dtype {dtype}")
         if noise is not None and not (
             isinstance(noise, int | float) and not isinstance(noise, bool) and 0 <= noise < math.inf
         ):
@@ -176,13 +185,42 @@ class SnapshotRecord:
             raise ValueError(f"{file}: its size or checksum is malformed")
         profile = profile_from_json(value.get("profile"), time)
         return SnapshotRecord(
-            file, time, profile, dtype, size, digest, base, None if noise is None else float(noise)
+            file, time, profile, dtype, size, digest, bases, None if noise is None else float(noise)
         )
+
+
+def _pairs(value: Any, kind: type) -> tuple[tuple[Any, float], ...] | None:
+    """[[key, coefficient], ...] as pairs; None if it is malformed."""
+    good = isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and type(pair[0]) is kind
+        and type(pair[1]) in (int, float)
+        and math.isfinite(pair[1])
+        for pair in value
+    )
+    return tuple((key, float(x)) for key, x in value) if good else None
 
 
 def kind_of(profile: StoredProfile) -> str:
     """The profile without its time: what averages of one run that are the same length share."""
     return json.dumps(profile_to_json(profile), sort_keys=True)
+
+
+def place_of(time: int, profile: StoredProfile) -> tuple[int, float, str]:
+    """Place in the order of a store: by time, then shorter averages first.
+
+    So bases come before what stands on them. Raw weights and what is not of the power family come
+    first; they stand on their own kind only.
+    """
+    if isinstance(profile, PowerProfile):
+        return time, profile.sigma_rel, ""
+    return time, 0.0, kind_of(profile)
+
+
+def order_of(record: SnapshotRecord) -> tuple[int, float, str]:
+    """Sorting key of the records of a store, see `place_of`."""
+    return place_of(record.time, record.profile)
 
 
 def profile_to_json(profile: StoredProfile) -> dict[str, Any]:
@@ -311,7 +349,7 @@ class SnapshotMetadata:
         widened: averaged tensors kept in float32 because they would overflow `dtype`.
         checksums: tensor name -> xxh3_64 of its stored bytes, 16 hex digits.
         user: the run's own string map.
-        base: time of the average of the same length to which this one is the difference, or None.
+        bases: (time, profile, coefficient) of the averages whose sum is taken off before storing.
         noise: mean square storage error of an averaged element.
     """
 
@@ -324,7 +362,7 @@ class SnapshotMetadata:
     widened: tuple[str, ...]
     checksums: dict[str, str]
     user: dict[str, str]
-    base: int | None = None
+    bases: tuple[tuple[int, StoredProfile, float], ...] = ()
     noise: float = 0.0
 
     def stored_dtype(self, entry: TensorEntry) -> str:
@@ -336,6 +374,9 @@ class SnapshotMetadata:
     def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, stored dtype, shape) of every tensor of the file, scales included."""
         return [row for e in self.table.entries.values() for row in self._rows(e)]
+
+    def _bases(self) -> list[list[Any]]:
+        return [[time, profile_to_json(profile), x] for time, profile, x in self.bases]
 
     def _rows(self, entry: TensorEntry) -> list[tuple[str, str, tuple[int, ...]]]:
         dtype = self.stored_dtype(entry)
@@ -354,7 +395,7 @@ class SnapshotMetadata:
             "time": self.time,
             "profile": profile_to_json(self.profile),
             "dtype": self.dtype,
-            **({} if self.base is None else {"base": self.base}),
+            **({"bases": self._bases()} if self.bases else {}),
             "noise": noise_text(self.noise),
             "widened": list(self.widened),
             "copied": [e.name for e in self.table.entries.values() if not e.averaged],

@@ -127,33 +127,34 @@ class Source(Protocol):
 
 
 class AverageReader:
-    """One stored average: the sum of the files of its chain, in float64. A context manager.
+    """A combination of stored files, such as one average, in float64. A context manager.
 
     Args:
-        files: the open files of the chain, the average's own last.
+        files: open files with their coefficients; copies are taken from the last.
     """
 
-    def __init__(self, files: Sequence[StoredFile]) -> None:
+    def __init__(self, files: Sequence[tuple[StoredFile, float]]) -> None:
         self._files = files
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in self._files:
+        for file, _ in self._files:
             file.__exit__()
 
     def values(self, entry: TensorEntry, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Elements `start` to `stop`, float64."""
         total = np.zeros(stop - start)
-        for file in self._files:
-            total += file.values(entry.name, start, stop)
+        for file, x in self._files:
+            total += x * file.values(entry.name, start, stop).astype(np.float64)
         return total
 
     def copy(self, entry: TensorEntry) -> AnyArray:
         """A tensor that is not averaged, as stored."""
-        size = self._files[-1].header.tensors[entry.name].size
-        return self._files[-1].bits(entry.name, 0, size).reshape(entry.shape)
+        file, _ = self._files[-1]
+        size = file.header.tensors[entry.name].size
+        return file.bits(entry.name, 0, size).reshape(entry.shape)
 
 
 class ArraySource:
@@ -185,7 +186,7 @@ class ArraySource:
 
 
 class KeyFrameNeededError(Exception):
-    """A difference is not finite, or the base is damaged: the average must be stored by itself."""
+    """A difference is not finite, or a base is damaged: the average must be stored by itself."""
 
 
 class _OverflowError(Exception):
@@ -206,10 +207,10 @@ def write_snapshot(
         draft: its description; `checksums`, `widened` and `noise` are filled in here. Its noise is
             what the values already carry.
         source: the values.
-        base: the average to which the difference is stored (draft.base is its time), or None.
+        base: what is taken off before storing (draft.bases says what it is), or None.
 
     Returns:
-        Its record (without `base`, which is a file of the store), and the mean square error that
+        Its record (without `bases`, which are files of the store), and the mean square error that
         storing added to an averaged element.
 
     Raises:
@@ -259,8 +260,7 @@ class _Writing:
             draft.dtype,
             writer.file_bytes,
             writer.header_checksum,
-            None,
-            noise,
+            noise=noise,
         )
         return record, added
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Self
 
 import filelock
+import numpy as np
 
-from posthoc_ema.chains import chain, dependents, next_base
-from posthoc_ema.codecs import KEY_FRAME, SCALES, AnyArray, check_codec, is_delta
+from posthoc_ema.chains import choose_bases, dependents, file_coefficients, parts
+from posthoc_ema.codecs import DELTA_WIDTHS, SCALES, AnyArray, check_codec, is_delta
 from posthoc_ema.errors import (
     ConfigError,
     PhemaWarning,
@@ -48,6 +49,8 @@ from posthoc_ema.snapshot import (
     file_name,
     is_snapshot_file_name,
     kind_of,
+    order_of,
+    place_of,
     revision_of,
 )
 from posthoc_ema.snapshot_files import (
@@ -71,8 +74,10 @@ from posthoc_ema.tensor_files import (
 
 RAW_DTYPE = "float16"
 """How raw weights are stored beside differences: the next ones replace them, so they start no chain."""
-LONGEST_CHAIN = 16
-"""Files in a chain of differences: a damaged one takes at most the rest of its chain along."""
+KEY_FRAME = "float32"
+"""How the average that starts a chain is stored: what all others of the chain stand on."""
+LONGEST_CHAIN = 32
+"""Times in a chain of differences: a damaged file takes at most the rest of its chain along."""
 
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
@@ -84,8 +89,8 @@ class NewAverage:
 
     Attributes:
         profile: which average; its end must be the snapshot's time.
-        dtype: "float32", "float16", "bfloat16", "delta-float16" or "delta-int8". Raw weights are never stored
-            as a difference, but as float16 then.
+        dtype: "float32", "float16", "bfloat16", or as differences "delta", "delta-float16" or
+            "delta-int8". Raw weights are never stored as a difference, but as float16 then.
         noise: mean square error that the values already carry, for example because they were stored
             before.
         read: name -> tensor. Averaged tensors come as float32 arrays, copied ones as the bits of their
@@ -380,15 +385,18 @@ class SnapshotStore:
         Raises:
             SnapshotFormatError: a file of its chain is missing or damaged.
         """
-        return self._reader({r.file: r for r in self.records}, record)
+        by_file = {r.file: r for r in self.records}
+        return self._reader(by_file, parts(by_file, record))
 
     def _reader(
-        self, by_file: Mapping[str, SnapshotRecord], record: SnapshotRecord
+        self, by_file: Mapping[str, SnapshotRecord], coefficients: Mapping[str, float]
     ) -> AverageReader:
+        """Open a combination of files; the records are in the order of the store."""
         with contextlib.ExitStack() as stack:
             files = [
-                stack.enter_context(StoredFile(self.path(link), *self.header(link)))
-                for link in chain(by_file, record)
+                (stack.enter_context(StoredFile(self.path(r), *self.header(r))), coefficients[name])
+                for name, r in by_file.items()
+                if name in coefficients
             ]
             stack.pop_all()
         return AverageReader(files)
@@ -498,8 +506,11 @@ class SnapshotStore:
         self._check_writable()
         new: list[SnapshotRecord] = []
         try:
-            for average, source in averages:
-                new.append(self._write(time, average, source))
+            # Shorter averages first: the others are stored as differences to them.
+            for average, source in sorted(
+                averages, key=lambda pair: place_of(time, pair[0].profile)
+            ):
+                new.append(self._write(time, average, source, new))
             if new:
                 self._commit([*(r for r in self.records if r.file not in replaced), *new])
         except BaseException:
@@ -522,47 +533,52 @@ class SnapshotStore:
                 if name not in listed:
                     (self.folder / name).unlink(missing_ok=True)
 
-    def _write(self, time: int, average: NewAverage, source: Source) -> SnapshotRecord:
+    def _write(
+        self,
+        time: int,
+        average: NewAverage,
+        source: Source,
+        beside: Sequence[SnapshotRecord],
+    ) -> SnapshotRecord:
         codec = check_codec(average.dtype)
-        by_file = {record.file: record for record in self.records}
-        base = None
         if is_delta(codec) and isinstance(average.profile, PointProfile):
             average = replace(average, dtype=RAW_DTYPE)
-        elif is_delta(codec):
-            base = next_base(by_file.values(), time, kind_of(average.profile), LONGEST_CHAIN)
-        return self._write_difference(by_file, base, time, average, source, 0)[0]
+        earlier = sorted([*self.records, *beside], key=order_of)
+        return self._write_file(earlier, time, average, source, 0)[0]
 
-    def _write_difference(
+    def _write_file(
         self,
-        by_file: Mapping[str, SnapshotRecord],
-        base: SnapshotRecord | None,
+        earlier: Sequence[SnapshotRecord],
         time: int,
         average: NewAverage,
         source: Source,
         revision: int,
     ) -> tuple[SnapshotRecord, float]:
-        """Write a file as the difference to `base`, or by itself; its record and the error that added."""
+        """Write a file, as a difference to `earlier` ones if its codec is one; see `write_snapshot`."""
         codec = average.dtype
+        bases = (
+            choose_bases(earlier, time, average.profile, LONGEST_CHAIN) if is_delta(codec) else []
+        )
         draft = SnapshotMetadata(
             run_id=self.run_id,
             clock=self.clock,
             time=time,
             profile=average.profile,
-            dtype=codec if base else KEY_FRAME.get(codec, codec),
+            dtype=_width(codec, time, bases),
             table=self.table,
             widened=(),
             checksums={},
             user=self.metadata,
-            base=base.time if base else None,
+            bases=tuple((base.time, base.profile, x) for base, x in bases),
             noise=average.noise,
         )
         path = self.folder / file_name(time, average.profile, revision)
-        if base is None:
+        if not bases:
             return write_snapshot(path, draft, source, None)
         try:
-            with self._base_reader(by_file, base) as reader:
+            with self._base_reader(earlier, bases) as reader:
                 record, added = write_snapshot(path, draft, source, reader)
-            return replace(record, base=base.file), added
+            return replace(record, bases=tuple((base.file, x) for base, x in bases)), added
         except KeyFrameNeededError as error:
             if str(error):
                 warnings.warn(
@@ -570,13 +586,20 @@ class SnapshotStore:
                     PhemaWarning,
                     stacklevel=2,
                 )
-            return self._write_difference(by_file, None, time, average, source, revision)
+            return self._write_file((), time, average, source, revision)
 
     def _base_reader(
-        self, by_file: Mapping[str, SnapshotRecord], base: SnapshotRecord
+        self,
+        earlier: Sequence[SnapshotRecord],
+        bases: Sequence[tuple[SnapshotRecord, float]],
     ) -> AverageReader:
+        used, coefficients = [base for base, _ in bases], np.array([[x] for _, x in bases])
+        files, x = file_coefficients(earlier, used, coefficients)
         try:
-            return self._reader(by_file, base)
+            return self._reader(
+                {r.file: r for r in files},
+                {r.file: float(v) for r, v in zip(files, x[:, 0], strict=True)},
+            )
         except SnapshotError as error:
             raise KeyFrameNeededError(str(error)) from error
 
@@ -594,47 +617,39 @@ class SnapshotStore:
         if not gone:
             return
         by_file = {record.file: record for record in self.records}
-        rewritten: dict[str, SnapshotRecord] = {}
-        added: dict[str, float] = {}  # file -> error that writing a base anew moved it by
+        kept: list[SnapshotRecord] = []
+        renamed: dict[str, str] = {}  # file -> the file that took its place
+        added: dict[str, float] = {}  # new file -> mean square error that writing it anew added
         try:
-            for record in self.records:  # by time: bases come before what stands on them
-                if record.file in gone or record.base is None:
+            for record in self.records:  # bases come before what stands on them
+                if record.file in gone:
                     continue
-                if record.base in gone:
-                    rewritten[record.file], added[record.file] = self._rebase(
-                        by_file, rewritten, gone, record
-                    )
-                elif record.base in rewritten:
-                    moved = added[record.file] = added[record.base]
-                    rewritten[record.file] = replace(
-                        record,
-                        base=rewritten[record.base].file,
-                        noise=None if record.noise is None else record.noise + moved,
-                    )
-            kept = [rewritten.get(r.file, r) for r in self.records if r.file not in gone]
-            self._commit(kept)
+                if any(base in gone for base, _ in record.bases):
+                    new, added_here = self._rewrite(by_file, kept, record)
+                    renamed[record.file], added[new.file] = new.file, added_here
+                    kept.append(new)
+                else:
+                    bases = tuple((renamed.get(base, base), x) for base, x in record.bases)
+                    kept.append(replace(record, bases=bases))
+            self._commit(_with_noise(kept, added))
         except BaseException:
-            self._undo(record.file for record in rewritten.values())
+            self._undo(added)
             raise
         listed = {record.file for record in self.records}
         for name in by_file.keys() - listed:
             (self.folder / name).unlink(missing_ok=True)
 
-    def _rebase(
+    def _rewrite(
         self,
         by_file: Mapping[str, SnapshotRecord],
-        rewritten: Mapping[str, SnapshotRecord],
-        gone: set[str],
+        earlier: Sequence[SnapshotRecord],
         record: SnapshotRecord,
     ) -> tuple[SnapshotRecord, float]:
-        """Write a difference anew, to the nearest base that stays (or by itself)."""
-        left = [link for link in chain(by_file, record)[:-1] if link.file not in gone]
-        base = rewritten.get(left[-1].file, left[-1]) if left else None
-        current = {**by_file, **{r.file: r for r in rewritten.values()}}
+        """Write a difference anew, to bases that stay (or by itself)."""
         average = NewAverage(record.profile, record.dtype, _no_read, record.noise or 0.0)
         revision = (revision_of(record) or 0) + 1
-        with self._reader(by_file, record) as source:
-            return self._write_difference(current, base, record.time, average, source, revision)
+        with self._reader(by_file, parts(by_file, record)) as source:
+            return self._write_file(earlier, record.time, average, source, revision)
 
     def drop(self, records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
         """Take damaged averages out of the store, and those that are stored as differences to them.
@@ -679,7 +694,7 @@ class SnapshotStore:
             )
 
     def _commit(self, records: Iterable[SnapshotRecord]) -> None:
-        ordered = tuple(sorted(records, key=lambda r: (r.time, r.sigma_rel or 0.0)))
+        ordered = tuple(sorted(records, key=order_of))
         manifest = replace(self._manifest, records=ordered)
         write_json(self.folder / MANIFEST, manifest.to_json())
         self._manifest = manifest
@@ -709,6 +724,36 @@ def _check_time(time: int, averages: Sequence[NewAverage]) -> int:
                 f"the average {average.profile} does not end at time {time}. Store it under its own."
             )
     return time
+
+
+def _width(codec: str, time: int, bases: Sequence[tuple[SnapshotRecord, float]]) -> str:
+    """Codec of a file of a store of `codec`."""
+    if not is_delta(codec):
+        return codec
+    if not bases:
+        return KEY_FRAME
+    if all(base.time == time for base, _ in bases):
+        return "delta-float16"  # beside a key frame: nothing earlier predicts it, much is left to store
+    first, others = DELTA_WIDTHS[codec]
+    return others if any(base.time == time for base, _ in bases) else first
+
+
+def _with_noise(
+    records: Sequence[SnapshotRecord], added: Mapping[str, float]
+) -> list[SnapshotRecord]:
+    """Add to what stands on files that were written anew the error that this has moved it by."""
+    if not added:
+        return list(records)
+    by_file = {record.file: record for record in records}
+    moved = []
+    for record in records:
+        if record.file not in added and record.noise is not None and record.bases:
+            shift = sum(
+                x * x * added[name] for name, x in parts(by_file, record).items() if name in added
+            )
+            record = replace(record, noise=record.noise + shift)
+        moved.append(record)
+    return moved
 
 
 def _no_read(name: str) -> AnyArray:

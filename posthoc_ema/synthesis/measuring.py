@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_ema.chains import file_coefficients
 from posthoc_ema.codecs import BLOCK, SCALES, AnyArray, decode, decode_int8_blocks, storage_dtype
 from posthoc_ema.diagnostics import Scale, sampled_scale
 from posthoc_ema.snapshot import SnapshotRecord
@@ -68,21 +69,14 @@ def measure(store: SnapshotStore, records: Sequence[SnapshotRecord]) -> Measurem
         >>> measure(store, store.records).num_elements  # doctest: +SKIP
         16384
     """
-    by_file = {record.file: record for record in store.records}
     runs = _runs({e.name: math.prod(e.shape) for e in store.table.entries.values() if e.averaged})
-    needed = {record.file: record for record in records}
-    for record in records:
-        base = record.base
-        while base is not None and base not in needed:
-            needed[base] = by_file[base]
-            base = by_file[base].base
-    ordered = sorted(needed.values(), key=lambda r: r.time)  # bases first
+    ordered, _ = file_coefficients(store.records, records, np.zeros((len(records), 0)))
     with ThreadPoolExecutor(8) as pool:  # many small reads: the disk likes company
         stored = list(pool.map(lambda r: _read_sample(store, r, runs), ordered))
     values: dict[str, npt.NDArray[np.float64]] = {}
     noises: dict[str, float] = {}
     for record, (own, rounding) in zip(ordered, stored, strict=True):
-        values[record.file] = own if record.base is None else values[record.base] + own
+        values[record.file] = own + sum(x * values[base] for base, x in record.bases)
         noises[record.file] = rounding if record.noise is None else record.noise
     samples = np.array([values[record.file] for record in records])
     finite = np.isfinite(samples).all(axis=0)

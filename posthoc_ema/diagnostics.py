@@ -232,7 +232,8 @@ def _solve_scale(
         seen = trust[:, None] * predicted / total[:, None]
         weight = seen.sum(axis=0)
         known = weight > 0.05 * weight.max()
-        misfit = seen.T @ np.log(moved / total)
+        # Two e-folds a round at most: a pair that contradicts all others pulls little harder than they.
+        misfit = seen.T @ np.clip(np.log(moved / total), -2, 2)
         q = q * np.exp(np.divide(misfit, weight, out=np.zeros_like(q), where=known))
         first = int(np.argmax(weight > 0.3 * np.median(weight[known])))
         q[:first] = q[first] * middle[first] / middle[:first]

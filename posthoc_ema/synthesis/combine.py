@@ -1,24 +1,46 @@
 """Executing a synthesis: stream all inputs once, a tile of elements at a time, into all targets.
 
-Memory is bounded by the tile, not by the model, the number of inputs or their size.
+The inputs are divided among threads. A tile's sums go from thread to thread, each adds its own inputs:
+every file is read and checked in order by one thread, nothing is summed twice, and the result does not
+depend on who is faster. Memory is bounded by the tile, not by the model or the number of inputs.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.codecs import Float32Array
-from posthoc_ema.synthesis.reading import Piece, Source
+from posthoc_ema.codecs import AnyArray, Float32Array, decode
+from posthoc_ema.synthesis.arithmetic import Arithmetic, basis, choose
+from posthoc_ema.synthesis.reading import Piece, SnapshotReader, SnapshotSource, Source
+from posthoc_ema.synthesis.streams import (
+    READERS,
+    AheadStream,
+    CachedStream,
+    Stream,
+    block_bytes,
+    is_cold,
+    pages,
+)
 
-TILE = 1 << 18
-"""Elements that are combined at once. 2^18 keeps a tile of 31 targets in 32 MiB."""
-_GROUP = 32  # inputs whose tiles are in memory together
+TILE = 1 << 17
+"""Elements that are combined at once: 16 inputs of a tile in float16 are 4 MiB."""
+_GROUP = 16  # inputs whose tiles are in memory together, of each thread
+_TILE_TARGETS = 1 << 21  # elements of a tile times targets
+_SLOTS_AHEAD = 2  # tiles under way besides one for each thread
+_MAX_WORKERS = 8
+_WORTH_A_THREAD = 1 << 20  # elements of all inputs
+_OPEN_FILES = 400  # common limit of descriptors is 1024
 
 
 @dataclass(frozen=True)
@@ -49,66 +71,282 @@ class Group:
     weights: npt.NDArray[np.float64]
 
 
-def combine(sources: Sequence[Source], groups: Sequence[Group]) -> Iterator[Block]:
+@dataclass(frozen=True)
+class _Task:
+    """What is done with the tiles of one group.
+
+    Attributes:
+        sizes: name -> number of elements.
+        num_targets: targets of the group.
+        weights: of the sums, float32, (num_sums, num_sources).
+        matrix: (num_targets, num_sums), gives the targets from the sums; None if they are the sums.
+        copied: (target, source) of targets that are one input.
+    """
+
+    sizes: Mapping[str, int]
+    num_targets: int
+    weights: Float32Array
+    matrix: Float32Array | None
+    copied: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(group: Group) -> _Task:
+        weights = group.weights
+        # A target that is one input is copied: 0 times another input that holds inf or nan would be nan.
+        copied = [
+            (i, int(np.argmax(row)))
+            for i, row in enumerate(weights)
+            if np.count_nonzero(row) == 1 and row.max() == 1
+        ]
+        summed = [i for i in range(len(weights)) if i not in dict(copied)]
+        few = basis(weights[summed])
+        chosen = summed if few is None else [summed[i] for i in few[0]]
+        matrix = None
+        if few is not None or copied:
+            matrix = np.zeros((len(weights), len(chosen)), dtype=np.float32)
+            matrix[summed] = np.eye(len(chosen)) if few is None else few[1]
+        sums = weights[chosen].astype(np.float32)
+        return _Task(group.sizes, len(weights), sums, matrix, tuple(copied))
+
+
+@dataclass
+class _Slot:
+    """Memory of one tile on its way through the threads."""
+
+    sums: Any
+    out: Float32Array
+    empty: bool = True  # whether nothing is in the sums yet
+    values: Float32Array = field(default_factory=lambda: np.empty((0, 0), dtype=np.float32))
+    tile: list[Piece] = field(default_factory=list)
+
+
+def combine(
+    sources: Sequence[Source], groups: Sequence[Group], *, device: str | None = None
+) -> Iterator[Block]:
     """Stream tensors from all sources into all targets; every byte of the inputs is read once.
 
     Args:
         sources: the inputs, (num_sources).
         groups: which tensors, with which coefficients; no tensor is in two groups.
+        device: where the sums are made: "numpy", or a device of PyTorch such as "cpu" or "cuda"; by
+            default PyTorch's "cpu" if it is imported already or pays its import, else NumPy.
 
     Yields:
-        Blocks, group by group, in the order of the tensors.
+        Blocks, group by group, in the order of the tensors. A value that is not finite in an input
+        makes the results that it enters not finite.
 
     Raises:
         SnapshotFormatError: a file is missing or damaged; the message names it and the tensor.
+        ConfigError: the device is not there.
     """
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for group in groups:
-            yield from _combine(sources, group, pool)
+    tasks = [_Task.of(group) for group in groups]
+    names = [name for group in groups for name in group.sizes]
+    elements = sum(size for group in groups for size in group.sizes.values()) * len(sources)
+    make, around = choose(device, 2 * elements)
+    with ExitStack() as stack:
+        stack.enter_context(around)
+        readers = _open(sources, names, stack)
+        unit = max((s.unit for s in sources if isinstance(s, SnapshotSource)), default=1)
+        count = _num_workers(len(sources), elements)
+        yield from _Relay(readers, tasks, unit, count, make).run()
 
 
-def _combine(sources: Sequence[Source], group: Group, pool: ThreadPoolExecutor) -> Iterator[Block]:
-    weights = group.weights.astype(np.float32)
-    # A target that is one input is copied: 0 times another input that holds inf or nan would be nan.
-    copied = [
-        (i, int(np.argmax(row)))
-        for i, row in enumerate(weights)
-        if np.count_nonzero(row) == 1 and row.max() == 1
-    ]
-    weights[[i for i, _ in copied]] = 0
-    # The buffers serve all tiles: fresh ones would cost more in page faults than the arithmetic.
-    width = min(TILE, sum(group.sizes.values()))
-    total, product = (np.empty((len(weights), width), dtype=np.float32) for _ in range(2))
-    values = np.empty((min(_GROUP, len(sources)), width), dtype=np.float32)
-    for tile in _tiles(group.sizes):
-        length = tile[-1].position + tile[-1].stop - tile[-1].start
-        total[:, :length] = 0
-        for first in range(0, len(sources), _GROUP):
-            some = sources[first : first + _GROUP]
-            read = values[: len(some), :length]
-            list(pool.map(lambda source, out: source.read(tile, out), some, read))  # noqa: B023
+def _num_workers(num_sources: int, elements: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, _MAX_WORKERS, num_sources, elements // _WORTH_A_THREAD))
+
+
+def _open(sources: Sequence[Source], names: Sequence[str], stack: ExitStack) -> list[Any]:
+    """A reader of each source: itself, or one pass over its file, read ahead if it is not cached."""
+    files = [s for s in sources if isinstance(s, SnapshotSource)]
+    keep_open = len(files) <= _OPEN_FILES
+    ranges = {id(s): s.ranges(names) for s in files}
+    cold = {id(s) for s in files if is_cold(s.path, ranges[id(s)])}
+    if cold:
+        executor = stack.enter_context(ThreadPoolExecutor(READERS, "phema-read"))
+        memory = pages(2 * len(cold), block_bytes(len(cold)))
+    readers: list[Any] = []
+    for source in sources:
+        if not isinstance(source, SnapshotSource):
+            readers.append(source)
+            continue
+        stream: Stream
+        if id(source) in cold:
+            own = [memory.pop(), memory.pop()]
+            stream = AheadStream(source.path, ranges[id(source)], own, executor)
+        else:
+            stream = CachedStream(source.path, ranges[id(source)], keep_open)
+        readers.append(source.reader(stream))
+        stack.callback(stream.close)
+    return readers
+
+
+class _Relay:
+    """Threads that hand tiles on, each with its share of the inputs."""
+
+    def __init__(
+        self,
+        readers: Sequence[Any],
+        tasks: Sequence[_Task],
+        unit: int,
+        count: int,
+        make: Callable[[], Arithmetic],
+    ) -> None:
+        self._readers, self._tasks, self._make = readers, tasks, make
+        most = max((task.num_targets for task in tasks), default=1)
+        width = max(min(TILE, _TILE_TARGETS // max(most, 1)), min(TILE, 4096))
+        width = min(width, max((sum(t.sizes.values()) for t in tasks), default=1) or 1)
+        self._width = max(width // unit, 1) * unit
+        self._unit = unit
+        bounds = np.linspace(0, len(readers), count + 1).round().astype(int).tolist()
+        self._shares = list(itertools.pairwise(bounds))
+        # queues[i] is what thread i takes from; the last is what the caller takes from.
+        self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(count + 1)]
+
+    def run(self) -> Iterator[Block]:
+        """The blocks, in order; ends the threads when it is left."""
+        sums = max((len(task.weights) for task in self._tasks), default=0)
+        most = max((task.num_targets for task in self._tasks), default=0)
+        owner = self._make()
+        for _ in range(len(self._shares) + _SLOTS_AHEAD):
+            out = np.empty((most, self._width), dtype=np.float32)
+            self._queues[0].put(_Slot(owner.sums(sums, self._width), out))
+        threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"phema-sum-{i}", daemon=True)
+            for i in range(len(self._shares))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while (slot := self._queues[-1].get()) is not None:
+                if isinstance(slot, BaseException):
+                    raise slot
+                for piece in slot.tile:
+                    span = slice(piece.position, piece.position + piece.stop - piece.start)
+                    yield Block(piece.name, piece.start, slot.values[:, span])
+                self._queues[0].put(slot)
+        finally:
+            self._queues[0].put(None)
+            for thread in threads:
+                thread.join()
+
+    def _work(self, number: int) -> None:
+        """Add one share of the inputs to each tile that comes, and hand it on."""
+        inbox, outbox = self._queues[number], self._queues[number + 1]
+        last = number == len(self._shares) - 1
+        try:
             with np.errstate(over="ignore", invalid="ignore"):  # inf and nan of the inputs
-                np.matmul(weights[:, first : first + len(some)], read, out=product[:, :length])
-                total[:, :length] += product[:, :length]
-            for target, source in copied:
-                if first <= source < first + len(some):
-                    total[target, :length] = read[source - first]
-        for piece in tile:
-            span = slice(piece.position, piece.position + piece.stop - piece.start)
-            yield Block(piece.name, piece.start, total[:, span])
+                arithmetic = self._make()
+                for task in self._tasks:
+                    share = _Share(self._readers, task, self._shares[number], arithmetic)
+                    for tile in _tiles(task.sizes, self._width, self._unit):
+                        slot = inbox.get()
+                        if not isinstance(slot, _Slot):
+                            outbox.put(slot)
+                            return
+                        if number == 0:
+                            slot.tile, slot.empty = tile, True
+                        share.add(slot)
+                        if last:
+                            share.finish(slot)
+                        outbox.put(slot)
+        except BaseException as error:  # goes to the caller
+            outbox.put(error)
+        else:
+            outbox.put(None)
 
 
-def _tiles(sizes: Mapping[str, int]) -> Iterator[list[Piece]]:
-    """Cut the tensors, in order, into tiles of at most TILE elements; small ones share a tile."""
+class _Share:
+    """One thread's inputs of one group."""
+
+    def __init__(
+        self, readers: Sequence[Any], task: _Task, bounds: tuple[int, int], arithmetic: Arithmetic
+    ) -> None:
+        self._task, self._arithmetic = task, arithmetic
+        used = np.any(task.weights != 0, axis=0)
+        self._copies: dict[int, list[int]] = {}
+        for target, source in task.copied:
+            self._copies.setdefault(source, []).append(target)
+        # An input that only is copied takes no part in the sums.
+        self._inputs = [(j, readers[j], bool(used[j])) for j in range(*bounds)]
+        self._stacks: dict[str, AnyArray] = {}
+        self._rows: dict[str, list[tuple[AnyArray, AnyArray]]] = {}  # stored bits, and as bytes
+        self._weights: dict[tuple[int, ...], Any] = {}
+        self._matrix = None if task.matrix is None else arithmetic.weights(task.matrix)
+
+    def add(self, slot: _Slot) -> None:
+        """Read the tile from all inputs and add it to the sums."""
+        tile, sums = slot.tile, slot.sums[: len(self._task.weights)]
+        length = tile[-1].position + tile[-1].stop - tile[-1].start
+        gapless = length == sum(piece.stop - piece.start for piece in tile)
+        for begin in range(0, len(self._inputs), _GROUP):
+            rows: dict[str, list[int]] = {}
+            for j, reader, used in self._inputs[begin : begin + _GROUP]:
+                dtype = None
+                if gapless and isinstance(reader, SnapshotReader):
+                    dtype = reader.stored_dtype(tile)
+                kind = dtype or "float32"
+                mine = rows.setdefault(kind, [])
+                stored, raw = self._row(kind, len(mine), slot)
+                if dtype is None:
+                    reader.read(tile, stored[:length])
+                else:
+                    reader.read_stored(tile, raw[: length * stored.itemsize])
+                for target in self._copies.get(j, ()):
+                    decode(stored[:length], kind, slot.out[target, :length])
+                if used:
+                    mine.append(j)
+            for kind, mine in rows.items():
+                if mine:
+                    stack = self._stacks[kind][: len(mine), :length]
+                    self._arithmetic.add(sums, self._weights_of(mine), stack, kind, slot.empty)
+                    slot.empty = False
+
+    def _row(self, kind: str, row: int, slot: _Slot) -> tuple[AnyArray, AnyArray]:
+        if kind not in self._stacks:
+            count = min(_GROUP, len(self._inputs))
+            stack = self._arithmetic.stack(kind, count, slot.out.shape[1])
+            self._stacks[kind] = stack
+            self._rows[kind] = list(zip(stack, stack.view(np.uint8), strict=True))
+        return self._rows[kind][row]
+
+    def _weights_of(self, inputs: list[int]) -> Any:
+        key = tuple(inputs)
+        if key not in self._weights:
+            self._weights[key] = self._arithmetic.weights(self._task.weights[:, inputs])
+        return self._weights[key]
+
+    def finish(self, slot: _Slot) -> None:
+        """The targets from the sums."""
+        task, tile = self._task, slot.tile
+        length = tile[-1].position + tile[-1].stop - tile[-1].start
+        out, sums = slot.out[: task.num_targets, :length], slot.sums[: len(task.weights)]
+        if slot.empty:
+            sums[:] = 0
+        if self._matrix is None:
+            slot.values = self._arithmetic.fetch(sums, out)
+            return
+        copies = {target: out[target].copy() for target, _ in task.copied}
+        self._arithmetic.derive(sums, self._matrix, out)
+        for target, values in copies.items():
+            out[target] = values
+        slot.values = out
+
+
+def _tiles(sizes: Mapping[str, int], width: int, unit: int) -> Iterator[list[Piece]]:
+    """Cut the tensors, in order, into tiles of at most `width` elements; small ones share a tile.
+
+    Tensors are cut, and begin in a tile, at multiples of `unit`; `width` is one.
+    """
     tile: list[Piece] = []
     position = 0
     for name, size in sizes.items():
         start = 0
         while True:
-            stop = min(size, start + TILE - position)
+            stop = min(size, start + width - position)
             tile.append(Piece(name, start, stop, position))
-            position, start = position + stop - start, stop
-            if position == TILE:
+            position, start = position + -(-(stop - start) // unit) * unit, stop
+            if position == width:
                 yield tile
                 tile, position = [], 0
             if start == size:

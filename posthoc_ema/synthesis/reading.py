@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import xxhash
 
-from posthoc_ema.codecs import AnyArray, Float32Array, decode, storage_dtype
+from posthoc_ema.codecs import (
+    BLOCK,
+    SCALES,
+    AnyArray,
+    Float32Array,
+    decode,
+    decode_int8_blocks,
+    storage_dtype,
+)
 from posthoc_ema.errors import SnapshotFormatError
 from posthoc_ema.snapshot import SnapshotRecord
 from posthoc_ema.store import SnapshotStore
+from posthoc_ema.synthesis.streams import Range, Stream, merge
 from posthoc_ema.tensor_files import Header, TensorFile, TensorInfo
+
+PLAIN = ("float16", "bfloat16", "float32")
+"""dtypes whose stored bits the arithmetic takes as they are."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,11 @@ class Source(Protocol):
 
 @dataclass
 class SnapshotSource:
-    """A snapshot file: its header, and the running checksum of the tensor that is being read."""
+    """A snapshot file: its header and the checksums of its tensors."""
 
     path: Path
     header: Header
     digests: dict[str, str]
-    hasher: Any = field(default_factory=xxhash.xxh3_64)
 
     @staticmethod
     def open(store: SnapshotStore, record: SnapshotRecord) -> SnapshotSource:
@@ -49,53 +61,111 @@ class SnapshotSource:
         header, digests = store.header(record)
         return SnapshotSource(store.path(record), header, digests)
 
-    def read(self, tile: Sequence[Piece], out: Float32Array) -> None:
-        """Read a tile as float32 into `out`, shape (tile length,)."""
-        with TensorFile(self.path, self.header) as file:
-            for run in self._runs(tile):
-                first, last = run[0], run[-1]
-                begin = self._position(first[0], first[1].start)
-                data = file.read_bytes(begin, self._position(last[0], last[1].stop))
-                for info, piece in run:
-                    at = self._position(info, piece.start) - begin
-                    raw = data[at : at + (piece.stop - piece.start) * info.itemsize]
-                    self._check(info, piece, raw)
-                    span = slice(piece.position, piece.position + piece.stop - piece.start)
-                    decode(raw.view(storage_dtype(info.dtype)), info.dtype, out[span])
+    @property
+    def unit(self) -> int:
+        """Tiles must begin at multiples of this within a tensor: int8 has a scale per block."""
+        return BLOCK if any(name.endswith(SCALES) for name in self.header.tensors) else 1
 
-    @staticmethod
-    def _position(info: TensorInfo, element: int) -> int:
-        return info.start + element * info.itemsize
+    def ranges(self, names: Iterable[str]) -> list[Range]:
+        """Where the bytes of some tensors lie, in that order, neighbours joined."""
+        infos = (self.header.tensors[name] for name in names)
+        return merge((info.start, info.end) for info in infos)
 
-    def _runs(self, tile: Sequence[Piece]) -> Iterator[list[tuple[TensorInfo, Piece]]]:
-        """Group pieces whose bytes follow on each other, so that each group is one read."""
-        run: list[tuple[TensorInfo, Piece]] = []
-        end = -1
-        for piece in tile:
-            info = self.header.tensors[piece.name]
-            if run and self._position(info, piece.start) != end:
-                yield run
-                run = []
-            run.append((info, piece))
-            end = self._position(info, piece.stop)
-        if run:
-            yield run
-
-    def _check(self, info: TensorInfo, piece: Piece, raw: AnyArray) -> None:
-        if piece.start == 0:
-            self.hasher.reset()
-        self.hasher.update(raw.data)
-        if piece.stop == info.size and self.hasher.hexdigest() != self.digests[info.name]:
-            raise SnapshotFormatError(
-                f"{self.path}: the data of tensor {info.name!r} is damaged (checksum). Restore the "
-                "file from a copy; `phema verify` lists all damaged files, `phema verify --drop` "
-                "goes on without them."
-            )
+    def reader(self, stream: Stream) -> SnapshotReader:
+        """One pass over the file; `stream` gives the bytes of the tensors that will be asked for."""
+        return SnapshotReader(self, stream)
 
     def read_copy(self, name: str) -> AnyArray:
         """A whole tensor, as stored, checked."""
         info = self.header.tensors[name]
         with TensorFile(self.path, self.header) as file:
             values = file.read(name)
-        self._check(info, Piece(name, 0, info.size, 0), values.reshape(-1).view("u1"))
-        return values
+        digest = xxhash.xxh3_64_hexdigest(values.reshape(-1).view("u1").data)
+        self.compare(name, digest)
+        return values.reshape(info.shape)
+
+    def compare(self, name: str, digest: str) -> None:
+        """Raise unless `digest` is the checksum of tensor `name`.
+
+        Raises:
+            SnapshotFormatError: it is another.
+        """
+        if digest != self.digests[name]:
+            raise SnapshotFormatError(
+                f"{self.path}: the data of tensor {name!r} is damaged (checksum). Restore the "
+                "file from a copy; `phema verify` lists all damaged files, `phema verify --drop` "
+                "goes on without them."
+            )
+
+
+class SnapshotReader:
+    """One pass over a snapshot file: the running checksums, and where in the bytes it is.
+
+    Args:
+        source: the file.
+        stream: the bytes of the tensors, in the order in which their tiles are asked for.
+    """
+
+    def __init__(self, source: SnapshotSource, stream: Stream) -> None:
+        self._source, self._stream = source, stream
+        self._tensors = source.header.tensors
+        self._hasher, self._scales_hasher = xxhash.xxh3_64(), xxhash.xxh3_64()
+
+    def stored_dtype(self, tile: Sequence[Piece]) -> str | None:
+        """The dtype in which all of a tile is stored, if it is one of `PLAIN`; else None."""
+        dtype = self._tensors[tile[0].name].dtype
+        if dtype not in PLAIN:
+            return None
+        if len(tile) > 1 and any(self._tensors[p.name].dtype != dtype for p in tile):
+            return None
+        return dtype
+
+    def read_stored(self, tile: Sequence[Piece], out: AnyArray) -> None:
+        """Read a tile as stored, bytes into `out`, uint8 of shape (tile bytes,), and check it.
+
+        Only for tiles that have a `stored_dtype` and no gaps between their pieces.
+        """
+        self._stream.readinto(out)
+        if len(tile) == 1:
+            self._check(self._hasher, tile[0], self._tensors[tile[0].name], out)
+            return
+        begin = 0
+        for piece in tile:
+            info = self._tensors[piece.name]
+            end = begin + (piece.stop - piece.start) * info.itemsize
+            self._check(self._hasher, piece, info, out[begin:end])
+            begin = end
+
+    def read(self, tile: Sequence[Piece], out: Float32Array) -> None:
+        """Read a tile as float32 into `out`, shape (tile length,)."""
+        for piece in tile:
+            info = self._tensors[piece.name]
+            raw = np.empty((piece.stop - piece.start) * info.itemsize, dtype=np.uint8)
+            self.read_stored([piece], raw)
+            values = out[piece.position : piece.position + piece.stop - piece.start]
+            stored = raw.view(storage_dtype(info.dtype))
+            if info.dtype == "int8":
+                decode_int8_blocks(stored, self._scales(piece, info), values)
+            else:
+                decode(stored, info.dtype, values)
+
+    def _scales(self, piece: Piece, info: TensorInfo) -> AnyArray:
+        """bfloat16 bits of the scales of a piece's blocks. They are few: the page cache serves them."""
+        scales = self._tensors[piece.name + SCALES]
+        first, last = piece.start // BLOCK, -(-piece.stop // BLOCK)
+        with TensorFile(self._source.path, self._source.header) as file:
+            raw = file.read_bytes(scales.start + 2 * first, scales.start + 2 * last)
+        whole = Piece(scales.name, first, last, 0)
+        self._check(self._scales_hasher, whole, scales, raw)
+        return raw.view(storage_dtype(scales.dtype))
+
+    def _check(self, hasher: xxhash.xxh3_64, piece: Piece, info: TensorInfo, raw: AnyArray) -> None:
+        if piece.start == 0:
+            hasher.reset()
+        hasher.update(raw.data)
+        if piece.stop == info.size:
+            self._source.compare(info.name, hasher.hexdigest())
+
+    def close(self) -> None:
+        """Close the file, end its reading ahead."""
+        self._stream.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.codecs import DTYPE_CODES, FLOATING
+from posthoc_ema.codecs import DTYPE_CODES, FLOATING, decode
+from posthoc_ema.diagnostics import predicted_errors, sampled_scale
 from posthoc_ema.errors import (
     ConfigError,
     SnapshotFormatError,
@@ -30,9 +32,15 @@ from posthoc_ema.errors import (
     SynthesisError,
 )
 from posthoc_ema.fitting import fit
+from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.profiles import PointProfile, PowerProfile, Profile
 from posthoc_ema.snapshot import TensorEntry, TensorTable
-from posthoc_ema.synthesis.checkpoint_files import Checkpoint, is_checkpoint, open_checkpoint
+from posthoc_ema.synthesis.checkpoint_files import (
+    Checkpoint,
+    is_checkpoint,
+    open_checkpoint,
+    told,
+)
 from posthoc_ema.synthesis.combine import Block, Group, combine
 from posthoc_ema.synthesis.plan import RAW
 from posthoc_ema.synthesis.recipes import Recipe, label_of, sizes_of, tool
@@ -43,6 +51,8 @@ COPIED = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Names that are statistics of the data and no weights: copied from the last checkpoint."""
 _DTYPES = re.compile(r"(?<![a-z])(?:fp|bf|f|float|bfloat|int)\d+", re.I)
 _NUMBER = re.compile(r"\d+")
+_DECIMALS = re.compile(r"\d+\.\d+")
+_RUNS, _RUN = 64, 256  # places and elements at each that are looked at in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,10 @@ def _inside(path: Path) -> list[Path]:
     """A checkpoint itself, or the checkpoints in a folder, in natural order of their names."""
     if not path.exists():
         raise SnapshotNotFoundError(f"{path} does not exist. Check the path.")
+    if (path / MANIFEST).exists():
+        raise ConfigError(
+            f"{path} holds tracked averages, which are better; leave out --from-checkpoints."
+        )
     if is_checkpoint(path):
         return [path]
     found = [p for p in path.iterdir() if is_checkpoint(p)] if path.is_dir() else []
@@ -169,7 +183,7 @@ def time_of(path: Path) -> int:
         (1000, 1200)
     """
     for name in (path.stem if path.is_file() or path.suffix else path.name, *_parents(path)):
-        numbers = _NUMBER.findall(_DTYPES.sub("", name))
+        numbers = _NUMBER.findall(_DECIMALS.sub("", _DTYPES.sub("", name)))
         if numbers:
             return int(numbers[-1])
     raise ConfigError(
@@ -301,7 +315,7 @@ def checkpoint_recipe(
     *,
     key: str | None = None,
     copied: Sequence[str] = COPIED,
-    device: str = "auto",
+    device: str | None = None,
 ) -> Iterator[Recipe]:
     """Open the checkpoints of a plan, compare them, and give the recipe.
 
@@ -323,6 +337,7 @@ def checkpoint_recipe(
         for checkpoint in opened[:-1]:
             _check_same(opened[-1], checkpoint)
         groups = _overridden(plan, table)
+        errors = _predicted_errors(plan, opened, table)
 
         def blocks(names: Sequence[str], targets: Sequence[int]) -> Iterator[Block]:
             sizes = sizes_of(table, names)
@@ -334,12 +349,12 @@ def checkpoint_recipe(
                     x = np.tile(column[:, None], (1, len(targets)))
                 if part:
                     made.append(Group(part, x.T))
-            return combine(opened, made)
+            return combine(opened, made, device=device)
 
         yield Recipe(
             table,
             tuple(t.label for t in plan.targets),
-            tuple(_provenance(plan, i, opened) for i in range(len(plan.targets))),
+            tuple(_provenance(plan, i, error) for i, error in enumerate(errors)),
             {},
             blocks,
             opened[-1].read_copy,
@@ -408,7 +423,41 @@ def _overridden(
     return groups
 
 
-def _provenance(plan: CheckpointPlan, target: int, opened: Sequence[Checkpoint]) -> dict[str, Any]:
+def _predicted_errors(
+    plan: CheckpointPlan, opened: Sequence[Checkpoint], table: TensorTable
+) -> list[float | None]:
+    """Expected error of each target over the norm of the weights; None where it cannot be told."""
+    samples = np.array([_sample(checkpoint, table) for checkpoint in opened])
+    samples = samples[:, np.isfinite(samples).all(axis=0)]
+    points = [PointProfile(c.time) for c in plan.inputs]
+    scale = sampled_scale(points, samples) if samples.size else None
+    rms = float(np.sqrt(np.mean(samples[-1] ** 2))) if samples.size else 0.0
+    if scale is None or rms == 0:
+        return [0.0 if t.profile is None else None for t in plan.targets]
+    wanted = [t.profile or points[-1] for t in plan.targets]
+    errors = predicted_errors(points, wanted, plan.coefficients, scale) / rms
+    return [
+        0.0 if t.profile is None else float(e) for t, e in zip(plan.targets, errors, strict=True)
+    ]
+
+
+def _sample(checkpoint: Checkpoint, table: TensorTable) -> FloatArray:
+    """Some elements, the same of each checkpoint: runs that are spread evenly over all of them."""
+    sizes = {e.name: math.prod(e.shape) for e in table.entries.values() if e.averaged}
+    total, passed, found = sum(sizes.values()), 0, []
+    places = sorted({total * k // _RUNS for k in range(_RUNS)})
+    for name, size in sizes.items():
+        while places and places[0] < passed + size:
+            start = places.pop(0) - passed
+            stop = min(size, start + _RUN, places[0] - passed if places else size)
+            with told(checkpoint.path, name):
+                bits = checkpoint.tensors[name].read(start, stop)
+                found.append(decode(bits, checkpoint.tensors[name].dtype).astype(np.float64))
+        passed += size
+    return np.concatenate(found) if found else np.empty(0)
+
+
+def _provenance(plan: CheckpointPlan, target: int, predicted: float | None) -> dict[str, Any]:
     wanted = plan.targets[target]
     value: dict[str, Any] = {
         "tool": tool(),
@@ -430,6 +479,7 @@ def _provenance(plan: CheckpointPlan, target: int, opened: Sequence[Checkpoint])
             for c, x in zip(plan.inputs, plan.coefficients[:, target].tolist(), strict=True)
             if x != 0.0 or c is plan.inputs[-1] or plan.overrides
         ],
+        "predicted_error": predicted,
     }
     if wanted.sigma_rel is None:
         value["profile"] = wanted.name

@@ -105,14 +105,14 @@ def synthesize(
     message = out_of_reach(plan)
     if message:
         warnings.warn(message, PhemaWarning, stacklevel=2)
-    results: list[dict[str, AnyArray]] = [{} for _ in sigma_rels]
     entries = store.table.entries
+    results: list[dict[str, AnyArray]] = [
+        {e.name: np.empty(e.shape, np.float32) for e in entries.values() if e.averaged}
+        for _ in sigma_rels
+    ]
     recipe = store_recipe(store, plan)
     for block in recipe.blocks(list(entries), range(len(sigma_rels))):
-        entry = entries[block.name]
         for result, values in zip(results, block.values, strict=True):
-            if block.name not in result:
-                result[block.name] = np.empty(entry.shape, values.dtype)
             result[block.name].reshape(-1)[block.start : block.start + len(values)] = values
     for name in (e.name for e in entries.values() if not e.averaged):
         dtype, values = entries[name].dtype, recipe.copy(name)

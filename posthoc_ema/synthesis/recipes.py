@@ -40,13 +40,14 @@ class Recipe:
 
 
 def sizes_of(table: TensorTable, names: Sequence[str]) -> dict[str, int]:
-    """Elements of the averaged ones among `names`, in the order of the table."""
+    """Elements of the averaged ones among `names`, in the order of the table; empty ones left out."""
     wanted = set(names)
-    return {
+    sizes = {
         e.name: math.prod(e.shape)
         for e in table.entries.values()
         if e.averaged and e.name in wanted
     }
+    return {name: size for name, size in sizes.items() if size}
 
 
 def label_of(sigma_rel: float, time: int) -> str:
@@ -55,7 +56,7 @@ def label_of(sigma_rel: float, time: int) -> str:
     return f"{length}-at-{time}"
 
 
-def store_recipe(store: SnapshotStore, plan: SynthesisPlan, *, device: str = "auto") -> Recipe:
+def store_recipe(store: SnapshotStore, plan: SynthesisPlan, *, device: str | None = None) -> Recipe:
     """Recipe of a plan on a store; files are opened when the first block is asked for.
 
     Args:
@@ -70,7 +71,9 @@ def store_recipe(store: SnapshotStore, plan: SynthesisPlan, *, device: str = "au
 
     def blocks(names: Sequence[str], targets: Sequence[int]) -> Iterator[Block]:
         parts = plan.weights(sizes_of(store.table, names), targets)
-        return combine(sources(), [Group(sizes, weights) for sizes, weights in parts])
+        return combine(
+            sources(), [Group(sizes, weights) for sizes, weights in parts], device=device
+        )
 
     def copy(name: str) -> AnyArray:
         return at_time().read_copy(name)

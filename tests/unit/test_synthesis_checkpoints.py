@@ -20,6 +20,8 @@ from posthoc_ema import (
     SnapshotFormatError,
     SnapshotMismatchError,
     SnapshotNotFoundError,
+    gamma_from_sigma_rel,
+    power_step_weights,
 )
 from posthoc_ema.synthesis import (
     Output,
@@ -34,6 +36,8 @@ from posthoc_ema.synthesis import (
 )
 from posthoc_ema.synthesis.checkpoint_files import open_checkpoint
 from posthoc_ema.synthesis.checkpoints import TimedCheckpoint, power_target, time_of
+
+from .stores import make_store
 
 TIMES = (100, 200, 300, 400)
 
@@ -130,6 +134,30 @@ def test_too_few_checkpoints_are_said(tmp_path):
     message = gap_message(plan, 0.25)
     assert message.startswith("sigma_rel 0.02: the 4 checkpoints are too few")
     assert "0.25:" not in message.split("(")[0]
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.1, 0.25])
+def test_predicted_error_is_that_of_a_random_walk(tmp_path, rng, sigma_rel):
+    """The walk is known at every step, the checkpoints hold every fiftieth."""
+    steps, size = 1000, 4000
+    walk = np.cumsum(rng.normal(size=(steps, size)), axis=0)
+    for t in range(50, steps + 1, 50):
+        torch.save({"w": torch.from_numpy(walk[t - 1]).float()}, tmp_path / f"{t}.pt")
+    plan = plan_of([tmp_path], sigma_rel)
+    with checkpoint_recipe(plan) as recipe:
+        predicted = recipe.provenance[0]["predicted_error"]
+    gamma = float(gamma_from_sigma_rel(sigma_rel))
+    wanted = power_step_weights(range(1, steps + 1), gamma) @ walk
+    found = average(plan, tmp_path.parent / "out.safetensors")["w"].numpy()
+    true = np.linalg.norm(found - wanted) / np.linalg.norm(walk[-1])
+    assert true / 1.3 < predicted < 1.3 * true
+
+
+def test_single_checkpoint_predicts_nothing(tmp_path):
+    torch.save(state(100), tmp_path / "100.pt")
+    plan = plan_of([tmp_path], 0.1, 0.0)
+    with checkpoint_recipe(plan) as recipe:
+        assert [p["predicted_error"] for p in recipe.provenance] == [None, 0.0]
 
 
 # ---- formats
@@ -321,6 +349,7 @@ def test_hostile_metadata_of_a_dcp_folder_runs_nothing(tmp_path):
         ("ema_0.9999_100000.pt", 100000),
         ("v2-100.fp16.safetensors", 100),
         ("100-bf16.pt", 100),
+        ("100-ema-0.9999.pt", 100),
     ],
 )  # fmt: skip
 def test_time_is_the_last_number_of_the_name(tmp_path, path, time):
@@ -366,6 +395,12 @@ def test_time_zero_is_left_out_and_equal_times_are_refused(tmp_path):
     torch.save(state(100), tmp_path / "b-100.pt")
     with pytest.raises(ConfigError, match="are both of time 100"):
         find_checkpoints([tmp_path])
+
+
+def test_folder_of_tracked_averages_is_recognised(tmp_path):
+    make_store(tmp_path / "store")
+    with pytest.raises(ConfigError, match="leave out --from-checkpoints"):
+        find_checkpoints([tmp_path / "store"])
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from phema.synth_options import (
     parse_times,
 )
 from posthoc_ema import ConfigError, SynthesisPlan, plan_synthesis
+from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.sweep import label
 from posthoc_ema.synthesis import (
     DOUBTFUL,
@@ -39,6 +40,7 @@ from posthoc_ema.synthesis import (
     table_tensors,
     write_outputs,
 )
+from posthoc_ema.synthesis.checkpoint_files import is_checkpoint
 from posthoc_ema.synthesis.checkpoints import COPIED, Target, power_target
 from posthoc_ema.synthesis.layouts import MODEL, parse_size
 from posthoc_ema.synthesis.outputs import beside_base
@@ -182,6 +184,7 @@ def command(
     """
     if sigma_rel is None and not (profile and from_checkpoints):
         raise typer.BadParameter("Missing option '--sigma-rel' (or --profile).", context)
+    chosen = None if device == "auto" else device
     sigma_rels = parse_sigma_rels(sigma_rel) if sigma_rel is not None else []
     overrides = parse_overrides(override or [])
     with contextlib.ExitStack() as stack:
@@ -200,11 +203,11 @@ def command(
                 times=times,
                 key=key,
                 copied=(*COPIED, *(copy or [])),
-                device=device,
+                device=chosen,
             )
         else:
             _only_with_checkpoints(profile=profile, times=times, key=key, copy=copy)
-            job = _store_job(snapshots, sigma_rels, overrides, at, include, exclude, norm, device)
+            job = _store_job(snapshots, sigma_rels, overrides, at, include, exclude, norm, chosen)
         outputs = _outputs(job.recipe, out, like, variant, shard_size, dtype)
         if not overwrite:
             check_free(job.recipe, outputs)
@@ -236,14 +239,20 @@ def _store_job(
     include: str | None,
     exclude: str | None,
     norm: str,
-    device: str,
+    device: str | None,
 ) -> _Job:
     if len(snapshots) != 1:
         raise ConfigError(
             f"one folder of snapshots is combined, {len(snapshots)} were given. Raw checkpoints of "
             "other trainers need --from-checkpoints."
         )
-    store = find_store(snapshots[0])
+    (folder,) = snapshots
+    if folder.is_dir() and not _is_store(folder) and any(map(is_checkpoint, folder.iterdir())):
+        raise ConfigError(
+            f"{folder} holds no tracked averages, but files that may be raw checkpoints: add "
+            "--from-checkpoints to average those."
+        )
+    store = find_store(folder)
     plan = plan_synthesis(
         store,
         sigma_rels,
@@ -284,14 +293,21 @@ def _store_job(
     )
 
 
+def _is_store(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or (folder / "snapshots").is_dir()
+
+
 def _row(plan: SynthesisPlan, i: int) -> list[str]:
-    error = _number(plan.predicted_error[i])
     return [
         label(plan.sigma_rels[i]),
-        "-" if error is None else f"{error:.1e}",
+        _shown(_number(plan.predicted_error[i])),
         f"{plan.profile_error[i]:.1e}",
         f"{plan.amplification[i]:.1f}",
     ]
+
+
+def _shown(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"
 
 
 def _number(value: float) -> float | None:
@@ -312,7 +328,7 @@ def _checkpoint_job(
     times: str | None,
     key: str | None,
     copied: Sequence[str],
-    device: str,
+    device: str | None,
 ) -> _Job:
     found = find_checkpoints(paths, None if times is None else parse_time_list(times))
     known = [c.time for c in found]
@@ -332,6 +348,7 @@ def _checkpoint_job(
             "target": t.name,
             "sigma_rel": t.sigma_rel or None,
             "raw": t.profile is None,
+            "predicted_error": recipe.provenance[i]["predicted_error"],
             "profile_error": plan.profile_error[i].item(),
             "amplification": plan.amplification[i].item(),
         }
@@ -347,15 +364,20 @@ def _checkpoint_job(
     }
     return _Job(
         recipe,
-        ["average", "profile error", "sum|x|"],
+        ["average", "error", "lost in gaps"],
         [
-            [t.name, f"{plan.profile_error[i]:.1e}", f"{plan.amplification[i]:.1f}"]
+            [
+                t.name,
+                _shown(recipe.provenance[i]["predicted_error"]),
+                f"{plan.profile_error[i]:.0%}",
+            ]
             for i, t in enumerate(plan.targets)
         ],
         results,
         facts,
         f"at {plan.time} {plan.clock}, from {len(left)} checkpoints ({size(recipe.bytes_read)}) of "
-        f"{left[0].time} to {left[-1].time}",
+        f"{left[0].time} to {left[-1].time}\nerror: expected, relative to the weights; lost in gaps: "
+        "the same as a share of how far averaging moves the weights",
         gap_message(plan, DOUBTFUL),
     )
 
@@ -437,10 +459,15 @@ def _print(job: _Job, outputs: Sequence[Output], there: int, dry_run: bool, json
     rows = [[*row, _place(o)] for row, o in zip(job.rows, outputs, strict=True)]
     typer.echo(table([*job.header, "file" if outputs[0].alone else "folder"], rows))
     typer.echo(job.source)
+    if job.facts["overrides"]:
+        others = ", ".join(f"{p}: {label(s)}" for p, s in job.facts["overrides"].items())
+        typer.echo(f"other lengths: {others}")
     layout = outputs[0].layout
     if dry_run:
-        for name, num_bytes in _sizes(outputs[0]).items():
+        for name, num_bytes in () if outputs[0].alone else _sizes(outputs[0]).items():
             typer.echo(f"would write {name} ({size(num_bytes)})")
+        if outputs[0].alone:
+            typer.echo(f"would write {len(outputs)} files of {size(layout.num_bytes)}")
         if layout.copied:
             typer.echo(f"would copy {', '.join(path.name for path in layout.copied)}")
     if there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from posthoc_ema.codecs import (
     fits,
     storage_dtype,
 )
-from posthoc_ema.errors import SnapshotFormatError, SnapshotMismatchError
+from posthoc_ema.errors import SnapshotError, SnapshotFormatError, SnapshotMismatchError
 from posthoc_ema.snapshot import (
     SnapshotMetadata,
     SnapshotRecord,
@@ -31,7 +32,13 @@ from posthoc_ema.snapshot import (
     TensorTable,
     noise_text,
 )
-from posthoc_ema.tensor_files import Header, TensorFile, TensorFileWriter, byte_view
+from posthoc_ema.tensor_files import (
+    Header,
+    TensorFile,
+    TensorFileWriter,
+    byte_view,
+    read_header,
+)
 
 CHUNK = 1 << 20
 """Elements that are handled at once, a multiple of `codecs.BLOCK`."""
@@ -198,7 +205,11 @@ class _OverflowError(Exception):
 
 
 def write_snapshot(
-    path: Path, draft: SnapshotMetadata, source: Source, base: AverageReader | None
+    path: Path,
+    draft: SnapshotMetadata,
+    source: Source,
+    base: AverageReader | None,
+    keep: Path | None = None,
 ) -> tuple[SnapshotRecord, float]:
     """Write one average; the file appears complete or not at all.
 
@@ -208,6 +219,7 @@ def write_snapshot(
             what the values already carry.
         source: the values.
         base: what is taken off before storing (draft.bases says what it is), or None.
+        keep: where to put what a reader will get back, for the next difference; see `open_kept`.
 
     Returns:
         Its record (without `bases`, which are files of the store), and the mean square error that
@@ -219,10 +231,28 @@ def write_snapshot(
         SnapshotMismatchError: a tensor does not have its shape.
     """
     try:
-        return _Writing(draft, source, base).write(path)
+        return _Writing(draft, source, base).write(path, keep)
     except _OverflowError as overflow:
         widened = replace(draft, widened=tuple(overflow.names))
-        return _Writing(widened, source, base).write(path)
+        return _Writing(widened, source, base).write(path, keep)
+
+
+_KEPT = "posthoc_ema_kept"
+
+
+def open_kept(path: Path, record: SnapshotRecord) -> StoredFile | None:
+    """What `write_snapshot` kept of an average, in float32; None if there is none of this record.
+
+    It saves reading the whole chain for the next difference. Any doubt about it, and it is not used.
+    """
+    try:
+        header = read_header(path)
+        own = json.loads(header.metadata[_KEPT])
+        if own["header_xxh3"] != record.header_checksum:
+            return None
+        return StoredFile(path, header, own["xxh3"])
+    except (SnapshotError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass
@@ -236,8 +266,24 @@ class _Writing:
     squares: float = 0.0  # sum of squared errors of storage
     count: int = 0  # of so many elements
     overflown: list[str] = field(default_factory=list)
+    kept: TensorFileWriter | None = None
+    kept_hashes: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, path: Path) -> tuple[SnapshotRecord, float]:
+    def write(self, path: Path, keep: Path | None) -> tuple[SnapshotRecord, float]:
+        if keep is None:
+            return self._write(path)
+        layout = [
+            (e.name, "float32", e.shape) for e in self.draft.table.entries.values() if e.averaged
+        ]
+        blank = dict.fromkeys((name for name, _, _ in layout), "0" * 16)
+        with TensorFileWriter(keep, layout, _kept_metadata("0" * 16, blank), durable=False) as kept:
+            self.kept = kept
+            result = self._write(path)
+            digests = {name: hasher.hexdigest() for name, hasher in self.kept_hashes.items()}
+            kept.set_metadata(_kept_metadata(result[0].header_checksum, digests))
+        return result
+
+    def _write(self, path: Path) -> tuple[SnapshotRecord, float]:
         draft = self.draft
         blank = {name: "0" * 16 for name, _, _ in draft.layout()}
         metadata = replace(draft, checksums=blank).to_metadata()
@@ -288,9 +334,11 @@ class _Writing:
         for start in range(0, size, CHUNK) if size else [0]:
             stop = min(size, start + CHUNK)
             values = self.source.values(entry, start, stop)
+            origin: npt.NDArray[np.float64] | float = 0.0
             if self.base is not None:
                 try:
-                    values = values - self.base.values(entry, start, stop)
+                    origin = self.base.values(entry, start, stop)
+                    values = values - origin
                 except SnapshotFormatError as error:
                     raise KeyFrameNeededError(str(error)) from error
                 if not np.isfinite(values.sum()):
@@ -306,7 +354,15 @@ class _Writing:
                 stored = encode(values, dtype)
                 back = decode(stored, dtype)
             self._count_error(values, back)
+            if self.kept is not None:
+                self._keep(
+                    self.kept, entry.name, start, np.asarray(origin + back, dtype=np.float32)
+                )
             yield start, stored
+
+    def _keep(self, kept: TensorFileWriter, name: str, start: int, values: Float32Array) -> None:
+        kept.write(name, values, start)
+        self.kept_hashes.setdefault(name, xxhash.xxh3_64()).update(byte_view(values))
 
     def _count_error(self, values: Float32Array, back: Float32Array) -> None:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -317,3 +373,7 @@ class _Writing:
             squares = float(np.vdot(error, error))
         self.squares += squares
         self.count += len(values)
+
+
+def _kept_metadata(header_checksum: str, digests: dict[str, str]) -> dict[str, str]:
+    return {_KEPT: json.dumps({"header_xxh3": header_checksum, "xxh3": digests})}

@@ -62,6 +62,7 @@ from posthoc_ema.snapshot_files import (
     Source,
     StoredFile,
     check_tensors,
+    open_kept,
     write_snapshot,
 )
 from posthoc_ema.tensor_files import (
@@ -80,6 +81,8 @@ LONGEST_CHAIN = 32
 """Times in a chain of differences: a damaged file takes at most the rest of its chain along."""
 
 _LOCK = ".lock"
+_KEPT = ".latest-"
+"""Files of what a reader gets back of the latest averages, while a writer is at work: a cache."""
 _LOCK_SECONDS = 10.0
 
 
@@ -298,6 +301,8 @@ class SnapshotStore:
     def close(self) -> None:
         """Give the folder free for another writer."""
         if self._lock is not None:
+            if self._lock.is_locked:
+                self._forget_kept()
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -518,7 +523,18 @@ class SnapshotStore:
             raise
         for name in replaced:
             (self.folder / name).unlink(missing_ok=True)
+        self._forget_kept(record.file for record in new)
         return new
+
+    def _kept_path(self, file: str) -> Path:
+        return self.folder / f"{_KEPT}{file}"
+
+    def _forget_kept(self, but: Iterable[str] = ()) -> None:
+        """Remove what was kept of averages that no next difference will be taken to."""
+        needed = {f"{_KEPT}{file}" for file in but}
+        for path in self.folder.glob(f"{_KEPT}*.safetensors"):
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
     def _undo(self, names: Iterable[str]) -> None:
         """Delete new files of a change that failed, unless the manifest on disk lists them.
@@ -544,7 +560,10 @@ class SnapshotStore:
         if is_delta(codec) and isinstance(average.profile, PointProfile):
             average = replace(average, dtype=RAW_DTYPE)
         earlier = sorted([*self.records, *beside], key=order_of)
-        return self._write_file(earlier, time, average, source, 0)[0]
+        keep = self._kept_path(file_name(time, average.profile)) if is_delta(codec) else None
+        if isinstance(average.profile, PointProfile):
+            keep = None
+        return self._write_file(earlier, time, average, source, 0, keep)[0]
 
     def _write_file(
         self,
@@ -553,6 +572,7 @@ class SnapshotStore:
         average: NewAverage,
         source: Source,
         revision: int,
+        keep: Path | None = None,
     ) -> tuple[SnapshotRecord, float]:
         """Write a file, as a difference to `earlier` ones if its codec is one; see `write_snapshot`."""
         codec = average.dtype
@@ -574,10 +594,10 @@ class SnapshotStore:
         )
         path = self.folder / file_name(time, average.profile, revision)
         if not bases:
-            return write_snapshot(path, draft, source, None)
+            return write_snapshot(path, draft, source, None, keep)
         try:
             with self._base_reader(earlier, bases) as reader:
-                record, added = write_snapshot(path, draft, source, reader)
+                record, added = write_snapshot(path, draft, source, reader, keep)
             return replace(record, bases=tuple((base.file, x) for base, x in bases)), added
         except KeyFrameNeededError as error:
             if str(error):
@@ -586,22 +606,32 @@ class SnapshotStore:
                     PhemaWarning,
                     stacklevel=2,
                 )
-            return self._write_file((), time, average, source, revision)
+            return self._write_file((), time, average, source, revision, keep)
 
     def _base_reader(
         self,
         earlier: Sequence[SnapshotRecord],
         bases: Sequence[tuple[SnapshotRecord, float]],
     ) -> AverageReader:
-        used, coefficients = [base for base, _ in bases], np.array([[x] for _, x in bases])
-        files, x = file_coefficients(earlier, used, coefficients)
-        try:
-            return self._reader(
-                {r.file: r for r in files},
-                {r.file: float(v) for r, v in zip(files, x[:, 0], strict=True)},
-            )
-        except SnapshotError as error:
-            raise KeyFrameNeededError(str(error)) from error
+        kept, rest = [], []
+        with contextlib.ExitStack() as stack:
+            for base, x in bases:
+                file = open_kept(self._kept_path(base.file), base)
+                if file is None:
+                    rest.append((base, x))
+                else:
+                    kept.append((stack.enter_context(file), x))
+            column = np.array([[x] for _, x in rest]).reshape(len(rest), 1)
+            files, weights = file_coefficients(earlier, [base for base, _ in rest], column)
+            try:
+                chained = [
+                    (stack.enter_context(StoredFile(self.path(r), *self.header(r))), float(w))
+                    for r, w in zip(files, weights[:, 0], strict=True)
+                ]
+            except SnapshotError as error:
+                raise KeyFrameNeededError(str(error)) from error
+            stack.pop_all()
+        return AverageReader([*kept, *chained])
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
         """Take averages out of the store; what is stored as a difference to them is written anew.

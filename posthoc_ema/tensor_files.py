@@ -237,8 +237,12 @@ def is_temporary_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[int]:
+def atomic_write(path: Path, durable: bool = True) -> Iterator[int]:
     """Give a descriptor to write to; the file appears under its name complete and synced, or not at all.
+
+    Args:
+        path: the file.
+        durable: wait until it is on the disk; without, a crash of the machine may lose it.
 
     Raises:
         SnapshotWriteError: writing failed (disk full, no permission); nothing is left behind.
@@ -251,11 +255,13 @@ def atomic_write(path: Path) -> Iterator[int]:
     try:
         try:
             yield descriptor
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         temporary.replace(path)
-        fsync_directory(path.parent)
+        if durable:
+            fsync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -304,6 +310,7 @@ class TensorFileWriter:
         path: the file to make; an existing one is replaced at the end.
         layout: (name, dtype name, shape) of each tensor.
         metadata: string map of the header. `set_metadata` may replace it by one of the same length.
+        durable: see `atomic_write`.
     """
 
     def __init__(
@@ -311,8 +318,9 @@ class TensorFileWriter:
         path: str | os.PathLike[str],
         layout: Sequence[tuple[str, str, Sequence[int]]],
         metadata: Mapping[str, str] | None = None,
+        durable: bool = True,
     ) -> None:
-        self.path = Path(path)
+        self.path, self._durable = Path(path), durable
         self._entries: dict[str, Any] = {}
         self._infos: dict[str, TensorInfo] = {}
         position = 0
@@ -340,7 +348,7 @@ class TensorFileWriter:
         return len(text).to_bytes(8, "little") + text
 
     def __enter__(self) -> Self:
-        self._context = atomic_write(self.path)
+        self._context = atomic_write(self.path, self._durable)
         self._descriptor = self._context.__enter__()
         try:
             os.ftruncate(self._descriptor, len(self._header) + self._data_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -451,3 +452,47 @@ def test_int8_scales_are_plain_safetensors(folder, codec):
     predicted = sum(x * stored(store, by_file[base]) for base, x in record.bases)
     np.testing.assert_allclose(plain.numpy(), stored(store, record) - predicted, atol=1e-6)
     assert decode(np.zeros(1, "<u2"), "bfloat16")[0] == 0
+
+
+def test_next_difference_reads_what_was_kept_and_not_the_chain(tmp_path, monkeypatch, codec):
+    read = []
+    real = store_module.StoredFile.__init__
+
+    def spy(self, path, header, digests):
+        read.append(path.name)
+        real(self, path, header, digests)
+
+    monkeypatch.setattr(store_module.StoredFile, "__init__", spy)
+    folder = tmp_path / "s"
+    with SnapshotStore.create(folder, clock="steps", table=TABLE) as store:
+        for time in TIMES[:6]:
+            read.clear()
+            store.add(time, averages(time, codec))
+            assert len(list(folder.glob(".latest-*"))) == 2  # of this time, none of earlier ones
+        assert len(read) == 4  # one base of the shorter average, three of the longer one
+        assert all(name.startswith(".latest-") for name in read)
+    assert not list(folder.glob(".latest-*"))
+    assert not list(SnapshotStore.open(folder).verify())
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped", "stale"])
+def test_what_was_kept_is_used_only_if_it_is_right(tmp_path, codec, damage):
+    folder = tmp_path / "s"
+    with SnapshotStore.create(folder, clock="steps", table=TABLE) as store:
+        for time in TIMES[:3]:
+            store.add(time, averages(time, codec))
+        kept = sorted(folder.glob(".latest-*"))
+        if damage == "gone":
+            kept[0].unlink()
+        elif damage == "stale":
+            kept[0].write_bytes(kept[1].read_bytes())
+        else:
+            data = bytearray(kept[0].read_bytes())
+            data[-1] ^= 1
+            kept[0].write_bytes(data)
+        expected = pytest.warns(PhemaWarning) if damage == "flipped" else contextlib.nullcontext()
+        with expected:
+            store.add(400, averages(400, codec))
+    store = SnapshotStore.open(folder)
+    assert not list(store.verify())
+    assert max(errors(store).values()) < LIMITS[codec]

@@ -17,7 +17,7 @@ from posthoc_ema.errors import ConfigError
 from posthoc_ema.least_squares import LeastSquares
 from posthoc_ema.profiles import FloatArray, PowerProfile
 
-KEY_EVERY = 16
+KEY_EVERY = 32
 """Times of a chain of differences; its first average is stored by itself, in float32."""
 
 _TOUCH_OF_NOISE = 1e-9  # of t, in the fit of bases: keeps their coefficients small

@@ -29,7 +29,7 @@ from posthoc_ema.profiles import FloatArray
 
 Criterion = Literal["worst", "mean-log"]
 
-_RESTARTS = 60  # of the exchanges, from a disturbed choice; only while they are cheap
+_RESTARTS = 40  # of the exchanges, from a disturbed choice; only while they are cheap
 _EFFORT = 3e9  # multiplications that exchanges may cost, about: some seconds
 
 
@@ -125,12 +125,13 @@ class SubsetSearch:
         return f.sum(axis=-1) if self.worst else np.log(f).sum(axis=-1)
 
     def _removals(self) -> Iterator[IntArray]:
-        """Subsets, each one smaller than the one before, by taking out what costs least per byte.
+        """All, then subsets that are one smaller each, by taking out what costs least per byte.
 
         Columns of C after m removals are those at the last solve less m rank-one terms, which is cheap
         while m is small; solving anew now and then also keeps rounding from piling up.
         """
         kept = self.all
+        yield kept
         while len(kept) > 1:
             solution = self.problem.solve(kept)
             x, f, diagonal = solution.x, solution.f, np.diag(solution.constrained).copy()
@@ -169,6 +170,8 @@ class SubsetSearch:
         num_out = len(self.all) - len(kept)
         if num_out == 0:
             return kept
+        if len(kept) == 1:
+            return self._best_single(most)
         effort = len(kept) * num_out * (len(kept) + 8.0 * len(self.problem.squares))
         steps = int(max(4, _EFFORT / effort))
         best, used = self._exchange(kept, most, steps)
@@ -184,6 +187,13 @@ class SubsetSearch:
             if cost < best_cost * (1 - 1e-6) if self.worst else cost < best_cost - 1e-6:
                 best, best_cost = trial, cost
         return best
+
+    def _best_single(self, most: float) -> IntArray:
+        """Of those that end last, the one that is nearest to all targets by itself."""
+        able = np.flatnonzero(self.is_last & (self.sizes <= most))
+        gram = np.diag(self.problem.gram)[able, None]
+        f = self.problem.squares - 2 * self.problem.products[able] + gram
+        return able[[int(np.argmin(self._cost(np.maximum(f, FLOOR))))]]
 
     def _disturbed(self, kept: IntArray, rng: np.random.Generator, most: float) -> IntArray:
         others = np.setdiff1d(self.all, kept)

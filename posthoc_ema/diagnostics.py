@@ -26,6 +26,9 @@ from posthoc_ema.quadrature import quadrature, tails
 _ROUNDS = 20
 """Rounds of the estimate. It settles within ten; many more would fit the scatter of single pairs."""
 
+_ABSURD = 1e100
+"""Squares of float32 weights stay below 1e77; what is larger is damage, and would overflow here."""
+
 _NOISE_MARGIN = 0.25
 """A difference is never taken below this share of its rounding variance: that is known no better."""
 
@@ -171,7 +174,7 @@ def estimate_scale(
         )
     variance = np.broadcast_to(np.asarray(noise, dtype=np.float64), (len(profiles),))
     rounding = variance[index].sum(axis=1)
-    usable = np.isfinite(measured) & np.isfinite(rounding) & (measured >= 0)
+    usable = (measured >= 0) & (measured < _ABSURD) & (rounding < _ABSURD)  # False for nan
     if not usable.any():
         return None
     index, measured, rounding = index[usable], measured[usable], rounding[usable]
@@ -194,7 +197,8 @@ def estimate_scale(
     share = np.divide(rounding, measured, out=np.ones_like(measured), where=measured > 0)
     trust = np.clip(1 - share, 0.05, 1) ** 2
     trust *= np.minimum(1, reach / ends / np.median(reach / ends))
-    return Scale(edges, _solve_scale(products, moved, trust, edges), num_elements)
+    unit = moved.max()
+    return Scale(edges, _solve_scale(products, moved / unit, trust, edges) * unit, num_elements)
 
 
 def _cells(profiles: Sequence[Profile]) -> FloatArray:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_ema import PhemaWarning, PowerProfile, fit
+from posthoc_ema import (
+    ExponentialProfile,
+    GammaProfile,
+    PhemaWarning,
+    PointProfile,
+    PowerProfile,
+    TabulatedProfile,
+    UniformProfile,
+    fit,
+)
+from posthoc_ema.diagnostics import Scale, estimate_scale, neighbour_pairs, predicted_errors
 from posthoc_ema.inner_products import (
     density_products,
     displacement_products,
@@ -156,3 +166,71 @@ def test_residual_is_the_norm_of_the_difference(chosen, target, data):
         expected = vector @ gram @ vector
         residual = residual_norms(chosen, [target], x[:, None], norm)[0]
         assert residual**2 == pytest.approx(expected, rel=1e-7, abs=1e-9 * terms)
+
+
+@st.composite
+def any_kind(draw):
+    """A profile of any kind that ends between 1 and 1000."""
+    t = draw(st.integers(2, 1000))
+    share = draw(st.floats(0.01, 0.99))
+    return draw(
+        st.sampled_from(
+            [
+                PowerProfile(t, 0.28 * share),
+                GammaProfile(t, 20 * share - 0.9),
+                PointProfile(t),
+                UniformProfile(t * share, t),
+                ExponentialProfile(t, t * share),
+                ExponentialProfile(t, t * share, interval=0.5, warmup=True),
+                TabulatedProfile((0, t * share, t), (1, share, 0)),
+            ]
+        )
+    )
+
+
+@few
+@given(st.lists(any_kind(), min_size=1, max_size=8), any_kind(), st.floats(1e-9, 1.0))
+def test_kinds_mix_freely(inputs, target, noise):
+    result = fit([*inputs, target], [target, *inputs], noise=noise)
+    assert result.coefficients.sum(axis=0) == pytest.approx(1, abs=1e-9)
+    for values in (result.residual, result.relative_residual, result.noise_norm):
+        assert np.isfinite(values).all()
+    # Taking the stored average itself costs its noise and nothing else; the fit is no worse.
+    assert np.all(result.residual**2 + result.noise_norm**2 <= noise * (1 + 1e-6))
+
+
+@few
+@given(st.lists(any_kind(), min_size=1, max_size=6))
+def test_gram_matrix_of_mixed_kinds_is_symmetric_and_positive(chosen):
+    for gram in (
+        random_walk_products(chosen, chosen),
+        displacement_products(chosen, chosen, 1001.0),
+    ):
+        np.testing.assert_allclose(gram, gram.T, rtol=1e-12)
+        scale = 1 / np.sqrt(np.diag(gram))
+        assert np.linalg.eigvalsh(gram * scale * scale[:, None]).min() > -1e-9
+
+
+@few
+@given(st.lists(any_kind(), min_size=0, max_size=8), st.data())
+def test_scale_is_finite_whatever_was_measured(chosen, data):
+    pairs = neighbour_pairs(chosen)
+    numbers = st.floats(min_value=0) | st.just(float("nan"))
+    squared = data.draw(st.lists(numbers, min_size=len(pairs), max_size=len(pairs)))
+    noise = data.draw(st.floats(0, 1e30))
+    scale = estimate_scale(chosen, pairs, squared, noise)
+    if scale is not None:
+        assert np.isfinite(scale.values).all()
+        assert (scale.values >= 0).all()
+
+
+@few
+@given(stores(), sigma_rels, st.floats(1e-6, 1e6))
+def test_predicted_error_grows_with_the_root_of_the_scale(inputs, sigma_rel, q):
+    target = [PowerProfile(inputs[-1].t, sigma_rel)]
+    x = fit(inputs, target).coefficients
+    end = float(inputs[-1].t)
+    one, many = (Scale(np.array([0.0, end]), np.array([value]), 1) for value in (1.0, q))
+    assert predicted_errors(inputs, target, x, many)[0] == pytest.approx(
+        np.sqrt(q) * predicted_errors(inputs, target, x, one)[0], rel=1e-9
+    )

@@ -8,11 +8,16 @@ import pytest
 
 from posthoc_ema import (
     ConfigError,
+    ExponentialProfile,
     Fit,
+    GammaProfile,
+    InvalidProfileError,
     PhemaWarning,
     PointProfile,
     PowerProfile,
     SynthesisError,
+    TabulatedProfile,
+    UniformProfile,
     fit,
 )
 from posthoc_ema.inner_products import displacement_products
@@ -115,6 +120,59 @@ def test_equal_and_nearly_equal_inputs_give_finite_coefficients(norm, gap):
 def test_hopeless_condition_is_said():
     with pytest.warns(PhemaWarning, match=r"can hardly be told apart.*noise > 0"):
         fit([*GRID, GRID[0]], [GRID[-1]])
+
+
+def test_noise_norm_is_what_storage_adds():
+    noise = np.linspace(1e-6, 1e-3, len(GRID))
+    result = fit(GRID, [PowerProfile(1600, s) for s in (0.02, 0.1)], noise=noise)
+    np.testing.assert_allclose(result.noise_norm**2, noise @ result.coefficients**2, rtol=1e-12)
+    assert fit(GRID, [GRID[3]]).noise_norm.tolist() == [0]
+
+
+KINDS = [
+    PowerProfile(1000, 0.08),
+    GammaProfile(1000, -0.5),
+    PointProfile(800),
+    UniformProfile(700, 1000),
+    ExponentialProfile(1000, 90),
+    ExponentialProfile(1000, 900),
+    ExponentialProfile(1000, 90, interval=2, warmup=True),
+    TabulatedProfile((0, 300, 310, 900), (1, 0.9, 0.2, 0)),
+]
+
+
+@pytest.mark.parametrize("target", KINDS, ids=repr)
+def test_every_kind_of_profile_is_its_own_fit_among_all_kinds(target):
+    inputs = [*GRID, *KINDS]
+    result = fit(inputs, [target])
+    expected = [float(p == target) for p in inputs]
+    # gamma 8, which an EMA in its warm-up tracks, lies between sigma_rel 0.08 and 0.10: hard to tell.
+    np.testing.assert_allclose(result.coefficients[:, 0], expected, atol=1e-3)
+    assert result.relative_residual[0] < 1e-8
+
+
+@pytest.mark.parametrize("target", KINDS, ids=repr)
+def test_every_kind_of_profile_is_a_target_of_power_averages(target):
+    dense = [PowerProfile(t, s) for t in range(20, 1001, 20) for s in (0.05, 0.20)]
+    few, many = fit(dense[-20:], [target], noise=1e-4), fit(dense, [target], noise=1e-4)
+    assert many.relative_residual[0] < 0.25
+    assert many.residual[0] <= few.residual[0] * (1 + 1e-9)
+    assert many.coefficients.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_window_mean_of_raw_checkpoints_is_close_to_the_window():
+    """Mean of ten checkpoints against the mean over the window: what LAWA approximates."""
+    points = [PointProfile(t) for t in range(100, 1001, 100)]
+    result = fit(points, [UniformProfile(0, 1000)])
+    np.testing.assert_allclose(result.coefficients[1:-1, 0], 0.1, atol=1e-9)
+    assert result.coefficients[-1, 0] == pytest.approx(0.05, abs=1e-6)
+
+
+def test_density_norm_says_which_profile_it_cannot_hold():
+    with pytest.raises(InvalidProfileError, match=r"initial weights.*random-walk"):
+        fit(GRID, [ExponentialProfile(1000, 900)], "density")
+    smooth = fit(GRID, [UniformProfile(700, 1000), ExponentialProfile(1600, 20)], "density")
+    assert np.isfinite(smooth.coefficients).all()
 
 
 def test_large_fits_stay_right():

@@ -121,7 +121,10 @@ class _Slot:
 
 
 def combine(
-    sources: Sequence[Source], groups: Sequence[Group], *, device: str | None = None
+    sources: Sequence[Source | SnapshotSource],
+    groups: Sequence[Group],
+    *,
+    device: str | None = None,
 ) -> Iterator[Block]:
     """Stream tensors from all sources into all targets; every byte of the inputs is read once.
 
@@ -156,7 +159,9 @@ def _num_workers(num_sources: int, elements: int) -> int:
     return max(1, min(cores or 1, _MAX_WORKERS, num_sources, elements // _WORTH_A_THREAD))
 
 
-def _open(sources: Sequence[Source], names: Sequence[str], stack: ExitStack) -> list[Any]:
+def _open(
+    sources: Sequence[Source | SnapshotSource], names: Sequence[str], stack: ExitStack
+) -> list[Any]:
     """A reader of each source: itself, or one pass over its file, read ahead if it is not cached."""
     files = [s for s in sources if isinstance(s, SnapshotSource)]
     keep_open = len(files) <= _OPEN_FILES

@@ -28,7 +28,13 @@ from posthoc_ema.snapshot import METADATA_KEY
 from posthoc_ema.synthesis.cards import card, card_name, record_name
 from posthoc_ema.synthesis.layouts import FileLayout, Layout, OutputTensor
 from posthoc_ema.synthesis.recipes import Recipe
-from posthoc_ema.tensor_files import TensorFileWriter, atomic_write, read_header, write_json
+from posthoc_ema.tensor_files import (
+    TensorFileWriter,
+    atomic_write,
+    is_temporary_name,
+    read_header,
+    write_json,
+)
 
 _MODEL_HASH, _LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 Progress = Callable[[int, int], None]
@@ -134,6 +140,8 @@ def write_outputs(
         for i, output in enumerate(outputs)
     ]
     for output, some in zip(outputs, missing, strict=True):
+        if resume:
+            _remove_temporaries(output)
         if some:
             _invalidate(output)
     waiting = [
@@ -158,6 +166,13 @@ def write_outputs(
 def _averaged_elements(recipe: Recipe, file: FileLayout) -> int:
     sources = {t.source: t for t in file.tensors if recipe.table.entries[t.source].averaged}
     return sum(int(np.prod(t.shape, dtype=np.int64)) for t in sources.values())
+
+
+def _remove_temporaries(output: Output) -> None:
+    """Remove what a killed call left half written under the names of this output."""
+    for path in output.folder.glob(".tmp-*"):
+        if is_temporary_name(path.name) and path.name[5:-9] in {p.name for p in output.paths}:
+            path.unlink(missing_ok=True)
 
 
 def _invalidate(output: Output) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posthoc_ema.codecs import AnyArray, Float32Array, decode
+from posthoc_ema.codecs import AnyArray, Float32Array, check_codec, decode
 from posthoc_ema.errors import (
     ConfigError,
     SnapshotMismatchError,
@@ -100,6 +100,13 @@ def plan_import(
     raise ConfigError(f"files can be imported from {', '.join(KINDS)}, got {kind!r}.")
 
 
+def check_new(out: str | os.PathLike[str]) -> None:
+    """Raise ConfigError unless a store can be made at `out`: nothing is there, or an empty folder."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already and is not empty. Choose a new folder.")
+
+
 def write_import(
     plan: ImportPlan,
     out: str | os.PathLike[str],
@@ -125,8 +132,8 @@ def write_import(
         SnapshotWriteError: the store could not be written.
     """
     out, dtype = Path(out), dtype or plan.dtype
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already and is not empty. Choose a new folder.")
+    check_codec(dtype)
+    check_new(out)
     partial = out.with_name(f"{out.name}.partial")
     run_id = f"{plan.run_id}-{dtype}"
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""`phema convert`: files of other tools become a store."""
+"""`phema convert`: files of other tools become a store, and a store one of another dtype."""
 
 from __future__ import annotations
 
@@ -8,23 +8,37 @@ from typing import Annotated
 
 import typer
 
-from phema.options import Json, parse_sigma_rels
+from phema.options import Json, find_store, parse_sigma_rels
 from phema.output import note, print_json, progress, size, table
-from posthoc_ema import ConfigError, SnapshotStore
-from posthoc_ema.importers import KINDS, ImportOptions, detect_kind, plan_import, write_import
+from posthoc_ema import ConfigError, PowerProfile, SnapshotStore
+from posthoc_ema.codecs import CODECS, check_codec
+from posthoc_ema.importers import (
+    KINDS,
+    ImportOptions,
+    check_new,
+    detect_kind,
+    plan_import,
+    write_import,
+)
+from posthoc_ema.profiles import GammaProfile
+from posthoc_ema.reencoding import reencode
+from posthoc_ema.snapshot import StoredProfile, label_of
 
 _MOST_TIMES = 100_000
 
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Folder of another tool's files, or one file.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Folder of another tool's files, one file, or a store."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="STORE", help="The store to make, a new folder.")
     ],
     kind: Annotated[
-        str, typer.Option("--from", metavar="TOOL", help=f"auto, {', '.join(KINDS)}.")
+        str, typer.Option("--from", metavar="TOOL", help=f"auto, {', '.join(KINDS)} or store.")
     ] = "auto",
     sigma_rel: Annotated[
         str | None,
@@ -62,11 +76,11 @@ def command(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16.  [default: as in the files]"),
+        typer.Option(help=f"{', '.join(CODECS)}.  [default: as in the files]"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a store of files that another tool wrote.
+    """Make a store of files that another tool wrote, or of a store in another dtype.
 
     EDM2 network snapshots (.pkl), folders of ema-pytorch, nitrous-ema and pytorch-posthoc-ema, LoRA
     files of kohya and musubi-tuner. Pickles are read by a reader that executes nothing: no code in a
@@ -75,8 +89,13 @@ def command(
     """
     if kind == "auto":
         kind = detect_kind(source)
+    told = (sigma_rel, update_every, batch_size, time)
     if kind == "store":
-        raise ConfigError(f"{source} is a store of this tool already: use it as it is.")
+        _reencode(source, out, dtype, json, others=any(option is not None for option in told))
+        return
+    if dtype is not None:
+        check_codec(dtype)
+    check_new(out)  # before all files are read
     options = ImportOptions(
         sigma_rels=tuple(parse_sigma_rels(sigma_rel)) if sigma_rel is not None else (),
         update_every=update_every,
@@ -90,10 +109,40 @@ def command(
         store, noticed = write_import(plan, out, dtype, progress=report)
     for text in noticed:
         note(text)
+    _report(store, plan.kind, [*plan.notes, *noticed], json)
+
+
+def _reencode(source: Path, out: Path, dtype: str | None, json: bool, others: bool) -> None:
+    if dtype is None or others:
+        raise ConfigError(
+            f"{source} is a store of this tool: --dtype says how to store it anew, and it needs no other "
+            "option."
+        )
+    with progress("converting") as report:
+        store = reencode(find_store(source), out, dtype, progress=report)
+    _report(store, "store", [], json)
+
+
+def _report(store: SnapshotStore, kind: str, notes: list[str], json: bool) -> None:
     if json:
-        print_json({"from": plan.kind, "notes": [*plan.notes, *noticed], **_summary(store)})
-    else:
-        _print(store, plan.kind)
+        print_json({"from": kind, "notes": notes, **_summary(store)})
+        return
+    times = [record.time for record in store.records]
+    # the numbers of the files' names, which are exact, are for machines
+    labels = dict.fromkeys(_label(record.profile) for record in store.records)
+    total = size(sum(record.file_bytes for record in store.records))
+    span = f"{min(times)} to {max(times)}"
+    row = [kind, len(times), ", ".join(labels), span, store.clock, total, store.folder]
+    typer.echo(table(["from", "files", "profiles", "times", "clock", "size", "store"], [row]))
+
+
+def _label(profile: StoredProfile) -> str:
+    """Short name of a profile for people: "sigma_rel 0.246", "gamma -0.206", "raw"."""
+    if isinstance(profile, PowerProfile):
+        return f"sigma_rel {profile.sigma_rel:.4g}"
+    if isinstance(profile, GammaProfile):
+        return f"gamma {profile.gamma:.4g}"
+    return label_of(profile)
 
 
 def _summary(store: SnapshotStore) -> dict[str, object]:
@@ -101,26 +150,10 @@ def _summary(store: SnapshotStore) -> dict[str, object]:
         "store": str(store.folder),
         "clock": store.clock,
         "times": sorted({record.time for record in store.records}),
-        "sigma_rels": store.sigma_rels,
+        "profiles": list(dict.fromkeys(label_of(record.profile) for record in store.records)),
         "files": len(store.records),
         "bytes": sum(record.file_bytes for record in store.records),
     }
-
-
-def _print(store: SnapshotStore, kind: str) -> None:
-    times = [record.time for record in store.records]
-    lengths = ", ".join(f"{value:.6g}" for value in store.sigma_rels) or "raw"
-    total = size(sum(record.file_bytes for record in store.records))
-    row = [
-        kind,
-        len(times),
-        lengths,
-        f"{min(times)} to {max(times)}",
-        store.clock,
-        total,
-        store.folder,
-    ]
-    typer.echo(table(["from", "files", "sigma_rel", "times", "clock", "size", "store"], [row]))
 
 
 def _parse_times(text: str) -> list[int]:

@@ -14,6 +14,8 @@ COMMANDS = (
     "evaluate",
     "synth",
     "sweep",
+    "plan",
+    "prune",
     "plot",
     "ls",
     "verify",

@@ -12,7 +12,20 @@ from typing import Annotated, TextIO
 
 import typer
 
-from phema.commands import convert, demo, evaluate, ls, plot, sample, sweep, synth, train, verify
+from phema.commands import (
+    convert,
+    demo,
+    evaluate,
+    ls,
+    plan,
+    plot,
+    prune,
+    sample,
+    sweep,
+    synth,
+    train,
+    verify,
+)
 from phema.output import note
 from posthoc_ema import PhemaError, PhemaWarning, __version__
 
@@ -33,6 +46,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.command,
     "synth": synth.command,
     "sweep": sweep.command,
+    "plan": plan.command,
+    "prune": prune.command,
     "plot": plot.command,
     "ls": ls.command,
     "verify": verify.command,

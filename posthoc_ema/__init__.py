@@ -11,6 +11,7 @@ from posthoc_ema.classical_profiles import (
     TabulatedProfile,
     UniformProfile,
 )
+from posthoc_ema.codecs import CODECS
 from posthoc_ema.conversions import (
     beta_from_sigma_rel,
     gamma_of_sparse_updates,
@@ -53,6 +54,7 @@ from posthoc_ema.profiles import (
     power_update_weight,
     sigma_rel_from_gamma,
 )
+from posthoc_ema.reencoding import reencode
 from posthoc_ema.snapshot import SnapshotRecord, TensorEntry, TensorTable
 from posthoc_ema.store import NewAverage, Problem, SnapshotStore
 from posthoc_ema.synthesis import (
@@ -70,6 +72,7 @@ from posthoc_ema.synthesis import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CODECS",
     "RAW",
     "SIGMA_REL_MAX",
     "ConfigError",
@@ -119,6 +122,7 @@ __all__ = [
     "power_step_weights",
     "power_update_weight",
     "predicted_errors",
+    "reencode",
     "sampled_scale",
     "sigma_rel_from_beta",
     "sigma_rel_from_gamma",

@@ -133,33 +133,70 @@ class Source(Protocol):
         ...
 
 
-class AverageReader:
-    """A combination of stored files, such as one average, in float64. A context manager.
+@dataclass(frozen=True)
+class Node:
+    """One file of a chain.
 
-    Args:
-        files: open files with their coefficients; copies are taken from the last.
+    Attributes:
+        file: the open file.
+        bases: (number of an earlier node, coefficient): what is added to the file's own values.
     """
 
-    def __init__(self, files: Sequence[tuple[StoredFile, float]]) -> None:
-        self._files = files
+    file: StoredFile
+    bases: tuple[tuple[int, float], ...] = ()
+
+
+class AverageReader:
+    """A combination of stored averages; a context manager.
+
+    Each average of a chain is rounded to float32 on the way, as it was when it was written: so the next
+    difference is the same bits whether it is taken to a chain or to what was kept of its end.
+
+    Args:
+        nodes: files, bases before what stands on them; copies are taken from the last.
+        combination: (number of a node, coefficient).
+    """
+
+    def __init__(
+        self, nodes: Sequence[Node], combination: Sequence[tuple[int, float]] | None = None
+    ) -> None:
+        self._nodes = nodes
+        self._combination = combination or [(len(nodes) - 1, 1.0)]
+        uses = [base for node in nodes for base, _ in node.bases]
+        uses += [base for base, _ in self._combination]
+        self._uses = {i: uses.count(i) for i in range(len(nodes))}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file, _ in self._files:
-            file.__exit__()
+        for node in self._nodes:
+            node.file.__exit__()
 
     def values(self, entry: TensorEntry, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Elements `start` to `stop`, float64."""
-        total = np.zeros(stop - start)
-        for file, x in self._files:
-            total += x * file.values(entry.name, start, stop).astype(np.float64)
-        return total
+        held: dict[int, Float32Array] = {}
+        left = dict(self._uses)
+
+        def add_up(
+            pairs: Sequence[tuple[int, float]], own: Float32Array | None
+        ) -> npt.NDArray[np.float64]:
+            total = np.zeros(stop - start)
+            for i, x in pairs:
+                total += x * held[i].astype(np.float64)
+                left[i] -= 1
+                if not left[i]:
+                    del held[i]
+            return total if own is None else total + own
+
+        for i, node in enumerate(self._nodes):
+            values = node.file.values(entry.name, start, stop)
+            held[i] = add_up(node.bases, values).astype(np.float32) if node.bases else values
+        return add_up(self._combination, None)
 
     def copy(self, entry: TensorEntry) -> AnyArray:
         """A tensor that is not averaged, as stored."""
-        file, _ = self._files[-1]
+        file = self._nodes[-1].file
         size = file.header.tensors[entry.name].size
         return file.bits(entry.name, 0, size).reshape(entry.shape)
 

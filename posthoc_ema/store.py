@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Self
 
 import filelock
-import numpy as np
 
-from posthoc_ema.chains import choose_bases, dependents, file_coefficients, parts
+from posthoc_ema.chains import choose_bases, dependents, parts
 from posthoc_ema.codecs import DELTA_WIDTHS, SCALES, AnyArray, check_codec, is_delta
 from posthoc_ema.errors import (
     ConfigError,
@@ -59,6 +58,7 @@ from posthoc_ema.snapshot_files import (
     ArraySource,
     AverageReader,
     KeyFrameNeededError,
+    Node,
     Source,
     StoredFile,
     check_tensors,
@@ -390,21 +390,35 @@ class SnapshotStore:
         Raises:
             SnapshotFormatError: a file of its chain is missing or damaged.
         """
-        by_file = {r.file: r for r in self.records}
-        return self._reader(by_file, parts(by_file, record))
+        return self._reader(self.records, [(record, 1.0)], use_kept=False)
 
     def _reader(
-        self, by_file: Mapping[str, SnapshotRecord], coefficients: Mapping[str, float]
+        self,
+        records: Sequence[SnapshotRecord],
+        combination: Sequence[tuple[SnapshotRecord, float]],
+        use_kept: bool,
     ) -> AverageReader:
-        """Open a combination of files; the records are in the order of the store."""
+        """Open a combination of averages; `records` are in the order of the store and hold all bases."""
+        needed = {record.file for record, _ in combination}
+        nodes: list[tuple[SnapshotRecord, StoredFile, bool]] = []
         with contextlib.ExitStack() as stack:
-            files = [
-                (stack.enter_context(StoredFile(self.path(r), *self.header(r))), coefficients[name])
-                for name, r in by_file.items()
-                if name in coefficients
-            ]
+            for record in reversed(records):
+                if record.file in needed:
+                    kept = open_kept(self._kept_path(record.file), record) if use_kept else None
+                    file = kept or StoredFile(self.path(record), *self.header(record))
+                    nodes.append((record, stack.enter_context(file), kept is not None))
+                    needed |= set() if kept else {base for base, _ in record.bases}
+            nodes.reverse()
+            number = {record.file: i for i, (record, _, _) in enumerate(nodes)}
+            reader = AverageReader(
+                [
+                    Node(file, () if kept else tuple((number[base], x) for base, x in record.bases))
+                    for record, file, kept in nodes
+                ],
+                [(number[record.file], x) for record, x in combination],
+            )
             stack.pop_all()
-        return AverageReader(files)
+        return reader
 
     def verify(self) -> Iterator[Problem]:
         """Check every byte of every file; yields what is wrong, and goes on after each problem.
@@ -613,25 +627,10 @@ class SnapshotStore:
         earlier: Sequence[SnapshotRecord],
         bases: Sequence[tuple[SnapshotRecord, float]],
     ) -> AverageReader:
-        kept, rest = [], []
-        with contextlib.ExitStack() as stack:
-            for base, x in bases:
-                file = open_kept(self._kept_path(base.file), base)
-                if file is None:
-                    rest.append((base, x))
-                else:
-                    kept.append((stack.enter_context(file), x))
-            column = np.array([[x] for _, x in rest]).reshape(len(rest), 1)
-            files, weights = file_coefficients(earlier, [base for base, _ in rest], column)
-            try:
-                chained = [
-                    (stack.enter_context(StoredFile(self.path(r), *self.header(r))), float(w))
-                    for r, w in zip(files, weights[:, 0], strict=True)
-                ]
-            except SnapshotError as error:
-                raise KeyFrameNeededError(str(error)) from error
-            stack.pop_all()
-        return AverageReader([*kept, *chained])
+        try:
+            return self._reader(earlier, bases, use_kept=True)
+        except SnapshotError as error:
+            raise KeyFrameNeededError(str(error)) from error
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
         """Take averages out of the store; what is stored as a difference to them is written anew.
@@ -678,7 +677,7 @@ class SnapshotStore:
         """Write a difference anew, to bases that stay (or by itself)."""
         average = NewAverage(record.profile, record.dtype, _no_read, record.noise or 0.0)
         revision = (revision_of(record) or 0) + 1
-        with self._reader(by_file, parts(by_file, record)) as source:
+        with self._reader(list(by_file.values()), [(record, 1.0)], use_kept=False) as source:
             return self._write_file(earlier, record.time, average, source, revision)
 
     def drop(self, records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from posthoc_ema import SIGMA_REL_MAX, ConfigError
+from posthoc_ema import CODECS, SIGMA_REL_MAX, ConfigError
 
 
 def _require(ok: bool, name: str, rule: str, value: object, remedy: str = "") -> None:
@@ -186,8 +186,8 @@ class TrackConfig:
     """
 
     snapshot_every: int
-    sigma_rels: tuple[float, ...] = (0.05, 0.10)
-    dtype: str = "float16"
+    sigma_rels: tuple[float, ...] = (0.04, 0.15)
+    dtype: str = "delta"
     direct_sigma_rels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -197,8 +197,7 @@ class TrackConfig:
             valid = all(0 < s <= SIGMA_REL_MAX for s in values)
             _require(valid, name, f"lie in (0, {SIGMA_REL_MAX:.4f}]", values)
             _require(len(set(values)) == len(values), name, "differ from each other", values)
-        dtypes = ("float32", "float16", "bfloat16")
-        _require(self.dtype in dtypes, "dtype", f"be one of {', '.join(dtypes)}", self.dtype)
+        _require(self.dtype in CODECS, "dtype", f"be one of {', '.join(CODECS)}", self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

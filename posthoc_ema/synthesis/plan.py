@@ -329,7 +329,8 @@ def _numbers(
     numbers["storage_share"][index] = np.divide(
         storage, error**2, out=np.zeros_like(error), where=error > 0
     )
-    numbers["reach"][index] = np.divide(error, moved, out=np.zeros_like(error), where=moved > 0)
+    # Weights that hardly move at all are averaged well enough by anything.
+    numbers["reach"][index] = error / np.hypot(moved, 1e-4 * measurement.rms)
     return numbers
 
 

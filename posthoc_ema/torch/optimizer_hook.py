@@ -21,6 +21,8 @@ class TrackerOptions(TypedDict, total=False):
     samples_per_step: int | None
     update_every: int
     dtype: str
+    keep: int | None
+    keep_range: tuple[float, float]
     raw: Literal["last", "all", "none"]
     resume: bool
     run_id: str | None
@@ -44,7 +46,7 @@ def track(
         folder: where the snapshots go.
         every: store a snapshot whenever training time passes a multiple of this; None for none.
         **options: further arguments of `Tracker`: `sigma_rels`, `clock`, `samples_per_step`,
-            `update_every`, `dtype`, `raw`, `resume`, `run_id`, `metadata`, `on_error`.
+            `update_every`, `dtype`, `keep`, `keep_range`, `raw`, `resume`, `run_id`, `metadata`, `on_error`.
 
     Returns:
         The tracker. Save `tracker.state_dict()` with your checkpoints; `tracker.close()` takes the

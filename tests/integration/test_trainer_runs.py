@@ -131,7 +131,7 @@ def test_other_configuration_is_refused_by_the_fields_that_differ(uninterrupted)
     )
     with pytest.raises(pe.ConfigError) as caught:
         train(other, uninterrupted, device="cpu")
-    assert "track.dtype (float16 and float32), seed (0 and 7)" in str(caught.value)
+    assert "track.dtype (delta and float32), seed (0 and 7)" in str(caught.value)
 
 
 def test_second_process_in_the_same_folder_is_refused(tmp_path):

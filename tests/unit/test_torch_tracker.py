@@ -133,7 +133,7 @@ def test_initial_weights_never_enter(folder):
         model.w.fill_(2.0)
     for _ in range(3):
         tracker.step()
-    assert tracker.averages(0.05)["w"].tolist() == [2.0]
+    assert tracker.averages(0.04)["w"].tolist() == [2.0]
 
 
 def test_tracked_average_equals_the_oracle(folder, rng):
@@ -144,7 +144,7 @@ def test_tracked_average_equals_the_oracle(folder, rng):
     for row in values:
         model.w.data = torch.from_numpy(row)
         tracker.step()
-    for sigma_rel in (0.05, 0.10):
+    for sigma_rel in (0.04, 0.15):
         expected = power_average(values, range(1, 51), float(gamma_from_sigma_rel(sigma_rel)))
         np.testing.assert_allclose(tracker.averages(sigma_rel)["w"], expected, atol=1e-6)
 
@@ -208,12 +208,12 @@ def test_buffers_and_frozen_parameters_are_copied_never_averaged(folder):
             model.mask.copy_(torch.tensor([step % 2 == 0, True]))
             model.fixed.weight.fill_(1 / 3 + step)
         tracker.step()
-    assert set(tracker.averages(0.05)) == {
+    assert set(tracker.averages(0.04)) == {
         *("embed.weight", "norm.weight", "norm.bias", "module.weight", "module.bias", "gain")
     }
     tracker.snapshot()
     tracker.close()
-    for sigma_rel in (0.05, 0.07, 0.1, 0):
+    for sigma_rel in (0.04, 0.07, 0.15, 0):
         result = synthesize(folder, sigma_rel)
         assert result["count"].item() == 70_005
         assert result["count"].dtype == np.int64
@@ -253,7 +253,7 @@ def test_training_is_not_touched(folder):
         assert torch.equal(value, before[name])
     assert {name: p._version for name, p in model.named_parameters()} == version
     assert all(p.grad is None for p in model.parameters())
-    assert not any(a.requires_grad for a in tracker.averages(0.05).values())
+    assert not any(a.requires_grad for a in tracker.averages(0.04).values())
 
 
 def test_model_that_cannot_be_copied_is_tracked(folder):
@@ -398,7 +398,7 @@ def test_snapshot_before_the_first_step_is_refused(folder):
     with pytest.raises(TrackingError, match="time 0 never enters"):
         tracker.snapshot()
     with pytest.raises(TrackingError, match="no average now"):
-        tracker.averages(0.05)
+        tracker.averages(0.04)
 
 
 @pytest.mark.parametrize("samples", [0, -1, 1.5, None])
@@ -624,7 +624,7 @@ def test_no_value_is_read_from_the_device_per_step(folder):
     reading = ("_local_scalar_dense", "item", "_to_copy", "is_nonzero", "equal", "copy_", "clone")
     assert count.calls
     assert not [call for call in count.calls if any(word in call for word in reading)]
-    averaged = len(tracker.averages(0.05))
+    averaged = len(tracker.averages(0.04))
     assert sum("lerp" in call for call in count.calls) <= 2 * 3 * averaged
     tracker.close()
 

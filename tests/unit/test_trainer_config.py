@@ -25,7 +25,7 @@ def test_preset_survives_json_and_carries_its_name(name):
 def test_demo_preset_has_thirty_two_snapshots_of_two_averages(config):
     every, total = config.track.snapshot_every, config.total_images
     assert len({*range(every, total, every), total}) == 32
-    assert config.track.sigma_rels == (0.05, 0.10)
+    assert config.track.sigma_rels == (0.04, 0.15)
     assert config.total_images == 2048 * 64
 
 

@@ -25,6 +25,7 @@ from posthoc_ema.snapshot import StoredProfile, TensorEntry, TensorTable, label_
 
 _COPIED_ENDINGS = ("running_mean", "running_var", "num_batches_tracked")
 _MOST_TIMES = 16  # bytes of tensors per byte of their file
+_COMPILED = "_orig_mod."  # what torch.compile adds to names
 _COUNTERS = ("num_batches_tracked",)
 
 
@@ -137,17 +138,23 @@ class ImportPlan:
 def contents(path: Path, named: Mapping[str, object], copied: Sequence[str] = ()) -> Contents:
     """Sort named tensors into averages, copies and aliases.
 
-    What is not of a floating dtype is copied, and so is what batch norm calls its statistics. Counters
-    that a tool cast to a float become whole numbers again.
+    Names lose what torch.compile added to them. What is not of a floating dtype is copied, and so is what
+    batch norm calls its statistics. Counters that a tool cast to a float become whole numbers again.
 
     Raises:
         SnapshotFormatError: a value is no tensor, or of a dtype that a store cannot hold.
     """
     tensors: dict[str, LazyTensor] = {}
     aliases: dict[str, str] = {}
-    kept = set(copied)
+    kept = {name.replace(_COMPILED, "") for name in copied}
     seen: dict[object, str] = {}
-    for name, value in named.items():
+    for full_name, value in named.items():
+        name = full_name.replace(_COMPILED, "")
+        if name in tensors or name in aliases:
+            raise SnapshotFormatError(
+                f"{path}: holds {name!r} twice, with and without the {_COMPILED!r} of a compiled model. "
+                "Take the one that is not wanted out of the file."
+            )
         tensor = _tensor(path, name, value)
         if isinstance(value, PickledTensor) and value.size:
             first = seen.setdefault(value.view, name)

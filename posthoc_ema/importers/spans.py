@@ -31,6 +31,7 @@ class OpenFile:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._fd)
+        self._fd = -1  # a read from now on fails, and never reads another file
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -205,6 +206,30 @@ def test_tied_tensors_are_aliases(tmp_path):
     torch.save({"ema_model.a": base, "ema_model.b": base}, tmp_path / "0.5.pt")
     plan = plan_import(tmp_path, options=ImportOptions((0.1,), 1))
     assert (list(plan.table.entries), plan.table.aliases) == (["a"], {"b": "a"})
+
+
+def test_names_of_a_compiled_model_are_those_of_the_model(tmp_path):
+    torch.save({"ema_model._orig_mod.a.w": torch.ones(1)}, tmp_path / "0.5.pt")
+    assert list(plan_import(tmp_path, options=ImportOptions((0.1,), 1)).table.entries) == ["a.w"]
+    both = {"ema_model._orig_mod.a": torch.ones(1), "ema_model.a": torch.ones(1)}
+    torch.save(both, tmp_path / "0.5.pt")
+    with pytest.raises(SnapshotFormatError, match="holds 'a' twice"):
+        plan_import(tmp_path, options=ImportOptions((0.1,), 1))
+
+
+def test_memory_holds_single_tensors(tmp_path):
+    """Files of 16 tensors of a megabyte each."""
+    named = {f"ema_model.{i}": torch.ones(1 << 18) for i in range(16)}
+    for step in (5, 10):
+        torch.save(named, tmp_path / f"0.{step}.pt")
+    tracemalloc.start()
+    try:
+        plan = plan_import(tmp_path, options=ImportOptions((0.1,), 1))
+        write_import(plan, tmp_path / "ours")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20
 
 
 # ---- finding out, writing

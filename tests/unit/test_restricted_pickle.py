@@ -291,6 +291,15 @@ def test_open_pickle_names_the_file(tmp_path):
             pass
 
 
+def test_tensors_cannot_be_read_from_a_closed_file(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    with open_pickle(path) as value:
+        assert value["w"].read().tolist() == [1, 1]
+    with pytest.raises(SnapshotFormatError, match=r"state\.pt: cannot be read"):
+        value["w"].read()
+
+
 def test_zip_with_compressed_entries_is_refused():
     import zipfile
 

@@ -19,6 +19,7 @@ import numpy as np
 from posthoc_ema.profiles import FloatArray, Profile
 from posthoc_ema.quadrature import (
     check_density,
+    combination,
     densities,
     displacements,
     exponents_and_times,
@@ -245,9 +246,7 @@ def residual_norms(
     nodes, weights = quadrature([*inputs, *targets])
     if density is not None:
         weights = weights * density(nodes)
-    view = tails if norm == "random-walk" else densities
-    total = np.zeros(len(targets))
-    for part in _parts(len(nodes), len(inputs) + len(targets)):
-        difference = view(inputs, nodes[part]) @ coefficients - view(targets, nodes[part])
-        total += weights[part] @ difference**2
-    return np.sqrt(total)
+    # The targets as further inputs with coefficient -1: what is equal cancels exactly.
+    everything = np.vstack([coefficients, -np.eye(len(targets))])
+    difference = combination([*inputs, *targets], everything, nodes, of_tails=norm == "random-walk")
+    return np.sqrt(weights @ difference**2)

@@ -26,6 +26,9 @@ from posthoc_ema.profiles import (
 _GAUSS = np.polynomial.legendre.leggauss(16)
 _GAUSS_SHORT = np.polynomial.legendre.leggauss(6)
 
+_BLOCK = 512
+"""Times in one block of `combination`."""
+
 _KNOWN = (
     PowerProfile,
     GammaProfile,
@@ -167,8 +170,7 @@ def _columns(
 def _power(x: FloatArray, a: FloatArray) -> FloatArray:
     """x^a for x in [0, 1], by exp and log: many times faster than the general power."""
     # A point, a = inf, stays 1 at x = 1: a finite huge number times log(1) is 0.
-    exponent = np.log(np.maximum(x, np.finfo(np.float64).tiny))
-    exponent *= np.minimum(a, 1e300)
+    exponent = np.log(np.maximum(x, np.finfo(np.float64).tiny)) * np.minimum(a, 1e300)
     return np.exp(exponent, out=exponent)
 
 
@@ -189,6 +191,64 @@ def densities(profiles: Sequence[Profile], tau: FloatArray) -> FloatArray:
         return np.where(x < 1, a / t * _power(x, a - 1), 0.0)
 
     return _columns(profiles, tau, power, lambda p: p.density(tau))
+
+
+def combination(
+    profiles: Sequence[Profile], coefficients: FloatArray, tau: FloatArray, *, of_tails: bool
+) -> FloatArray:
+    """Combinations of tails, or of densities, at rising times.
+
+    The same as `tails(profiles, tau) @ coefficients`, but for a thousand power functions of few lengths
+    many times faster: in a block of times that ends with tau_1, (tau/t)^a = (tau/tau_1)^a (tau_1/t)^a,
+    and the second factor, which alone depends on the profile, is summed once per exponent.
+
+    Args:
+        profiles: (num_profiles).
+        coefficients: (num_profiles, num_targets).
+        tau: times > 0, rising, (num_tau,).
+        of_tails: tails if true, densities if false.
+
+    Returns:
+        float64, shape (num_tau, num_targets).
+    """
+    is_power = power_mask(profiles)
+    view = tails if of_tails else densities
+    total = np.zeros((len(tau), coefficients.shape[1]))
+    others = np.flatnonzero(~is_power)
+    if len(others):
+        total += view([profiles[i] for i in others.tolist()], tau) @ coefficients[others]
+    powers = [p for p, yes in zip(profiles, is_power, strict=True) if yes]
+    if not powers:
+        return total
+    x = coefficients[is_power]
+    a, t = exponents_and_times(powers)
+    # Sorted by exponent, so that sums per exponent are sums over neighbouring rows.
+    order = np.argsort(a, kind="stable")
+    powers, x, a, t = [powers[i] for i in order.tolist()], x[order], a[order], t[order]
+    for start in range(0, len(tau), _BLOCK):
+        block = tau[start : start + _BLOCK]
+        last = float(block[-1])
+        inside = np.flatnonzero((t > block[0]) & (t <= last))
+        if len(inside):  # ends within the block
+            ending = [powers[i] for i in inside.tolist()]
+            total[start : start + _BLOCK] += view(ending, block) @ x[inside]
+        later = np.flatnonzero(t > last)
+        if not len(later):
+            continue
+        exponents, first = np.unique(a[later], return_index=True)
+        share = x[later]
+        if of_tails:
+            total[start : start + _BLOCK] += share.sum(axis=0)
+            share = -share
+        else:
+            share = share * (a[later] / t[later])[:, None]
+            exponents = exponents - 1
+        rest = _power(
+            last / t[later], exponents[np.searchsorted(first, np.arange(len(later)), "right") - 1]
+        )
+        sums = np.add.reduceat(share * rest[:, None], first, axis=0)
+        total[start : start + _BLOCK] += _power(block[:, None] / last, exponents) @ sums
+    return total
 
 
 def check_density(profiles: Sequence[Profile]) -> None:

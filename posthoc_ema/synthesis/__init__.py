@@ -5,12 +5,14 @@ inputs, `layouts` and `like` which files hold it, `writing` and `outputs` make d
 folders of it. `checkpoints` does the same for raw checkpoints of other trainers.
 """
 
-from posthoc_ema.synthesis.checkpoints import (
-    CheckpointPlan,
+from posthoc_ema.synthesis.checkpoint_names import (
     TimedCheckpoint,
-    checkpoint_recipe,
     choose_times,
     find_checkpoints,
+)
+from posthoc_ema.synthesis.checkpoints import (
+    CheckpointPlan,
+    checkpoint_recipe,
     gap_message,
     plan_checkpoints,
 )

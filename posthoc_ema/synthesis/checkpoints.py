@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import itertools
 import math
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +26,15 @@ from posthoc_ema.errors import (
     ConfigError,
     SnapshotFormatError,
     SnapshotMismatchError,
-    SnapshotNotFoundError,
     SynthesisError,
 )
 from posthoc_ema.fitting import fit
-from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.profiles import PointProfile, PowerProfile, Profile
 from posthoc_ema.snapshot import TensorEntry, TensorTable
-from posthoc_ema.synthesis.checkpoint_files import (
-    Checkpoint,
-    is_checkpoint,
-    open_checkpoint,
-    told,
-)
+from posthoc_ema.synthesis.checkpoint_files import Checkpoint, open_checkpoint
+from posthoc_ema.synthesis.checkpoint_names import TimedCheckpoint
 from posthoc_ema.synthesis.combine import Block, Group, combine
+from posthoc_ema.synthesis.foreign_tensors import told
 from posthoc_ema.synthesis.plan import RAW
 from posthoc_ema.synthesis.recipes import Recipe, label_of, sizes_of, tool
 
@@ -49,18 +42,7 @@ FloatArray = npt.NDArray[np.float64]
 
 COPIED = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Names that are statistics of the data and no weights: copied from the last checkpoint."""
-_DTYPES = re.compile(r"(?<![a-z])(?:fp|bf|f|float|bfloat|int)\d+", re.I)
-_NUMBER = re.compile(r"\d+")
-_DECIMALS = re.compile(r"\d+\.\d+")
 _RUNS, _RUN = 64, 256  # places and elements at each that are looked at in a checkpoint
-
-
-@dataclass(frozen=True)
-class TimedCheckpoint:
-    """Where a checkpoint is, and its training time."""
-
-    time: int
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -104,117 +86,6 @@ class CheckpointPlan:
     amplification: FloatArray
     overrides: tuple[tuple[str, float, FloatArray], ...]
     clock: str = "steps"
-
-
-# ---- finding checkpoints and their times
-
-
-def find_checkpoints(
-    paths: Sequence[Path], times: Sequence[int] | None = None
-) -> list[TimedCheckpoint]:
-    """Checkpoints behind the arguments of a command, by time.
-
-    Args:
-        paths: checkpoints (files or folders), folders of checkpoints, or one listing: a .txt file of
-            lines `time path`, paths relative to it.
-        times: their times, in the order of `paths`; else the last number in each name
-            (checkpoint-1000, step_000123.safetensors, or the folder above).
-
-    Returns:
-        The checkpoints, by rising time. One at time 0 holds no training and is left out.
-
-    Raises:
-        SnapshotNotFoundError: a path does not exist, or holds no checkpoints.
-        ConfigError: a time cannot be told, or two checkpoints have the same.
-    """
-    if len(paths) == 1 and paths[0].suffix == ".txt":
-        found = _listing(paths[0])
-    else:
-        files = [file for path in paths for file in _inside(path)]
-        if times is not None and len(times) != len(files):
-            raise ConfigError(
-                f"--times has {len(times)} values for {len(files)} checkpoints "
-                f"({', '.join(f.name for f in files[:4])}, ...). Give one for each, in this order."
-            )
-        given = times if times is not None else [time_of(file) for file in files]
-        found = [TimedCheckpoint(t, file) for t, file in zip(given, files, strict=True)]
-    ordered = sorted((c for c in found if c.time > 0), key=lambda c: c.time)
-    if not ordered:
-        raise SnapshotNotFoundError(
-            f"{paths[0]} holds no checkpoint of a time above 0. Give checkpoints with --times, or name "
-            "them by their step as in checkpoint-1000."
-        )
-    for one, other in itertools.pairwise(ordered):
-        if one.time == other.time:
-            raise ConfigError(
-                f"{one.path} and {other.path} are both of time {one.time}. Give one of them only, or the "
-                "right times with --times."
-            )
-    return ordered
-
-
-def _inside(path: Path) -> list[Path]:
-    """A checkpoint itself, or the checkpoints in a folder, in natural order of their names."""
-    if not path.exists():
-        raise SnapshotNotFoundError(f"{path} does not exist. Check the path.")
-    if (path / MANIFEST).exists():
-        raise ConfigError(
-            f"{path} holds tracked averages, which are better; leave out --from-checkpoints."
-        )
-    if is_checkpoint(path):
-        return [path]
-    found = [p for p in path.iterdir() if is_checkpoint(p)] if path.is_dir() else []
-    if not found:
-        raise SnapshotNotFoundError(
-            f"{path} holds no checkpoints (.safetensors, .pt, .pth, .bin, .ckpt, or folders of "
-            "transformers, diffusers or torch.distributed.checkpoint). Give the files themselves."
-        )
-    return sorted(found, key=lambda p: [int(n) for n in _NUMBER.findall(p.name)])
-
-
-def time_of(path: Path) -> int:
-    """Training time of a checkpoint by the last number in its name, or in that of a folder above it.
-
-    Raises:
-        ConfigError: there is none.
-
-    Example:
-        >>> time_of(Path("run/checkpoint-1000/unet")), time_of(Path("epoch=3-step=1200.fp16.ckpt"))
-        (1000, 1200)
-    """
-    for name in (path.stem if path.is_file() or path.suffix else path.name, *_parents(path)):
-        numbers = _NUMBER.findall(_DECIMALS.sub("", _DTYPES.sub("", name)))
-        if numbers:
-            return int(numbers[-1])
-    raise ConfigError(
-        f"{path}: no number in its name says at which step it was saved. Give the times with --times "
-        "100,200,300 or a listing (a .txt file of lines `time path`)."
-    )
-
-
-def _parents(path: Path) -> list[str]:
-    return [parent.name for parent in path.parents][:2]
-
-
-def _listing(path: Path) -> list[TimedCheckpoint]:
-    found = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise SnapshotFormatError(f"{path}: cannot be read as a listing: {error}.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        time, _, name = line.strip().partition(" ")
-        if not time.isascii() or not time.isdigit() or not name.strip():
-            raise SnapshotFormatError(
-                f"{path}: line {number} is not `time path`, for example `1000 checkpoint-1000`."
-            )
-        file = path.parent / name.strip()
-        if not file.exists():
-            raise SnapshotNotFoundError(f"{path}: line {number}: {file} does not exist.")
-        found.append(TimedCheckpoint(int(time), file))
-    return found
 
 
 # ---- planning
@@ -269,41 +140,6 @@ def plan_checkpoints(
         tuple((p, s, x[:, count + i]) for i, (p, s) in enumerate(overrides)),
         clock,
     )
-
-
-def choose_times(
-    checkpoints: Sequence[TimedCheckpoint],
-    *,
-    at: int | None,
-    include: Collection[int] | None,
-    exclude: Collection[int],
-) -> list[TimedCheckpoint]:
-    """The checkpoints that may be used.
-
-    Raises:
-        SnapshotNotFoundError: `at`, or a time that is included or excluded, is no checkpoint's; or
-            none is left.
-    """
-    times = {c.time for c in checkpoints}
-    strange = sorted({*(include or ()), *exclude, *(() if at is None else (at,))} - times)
-    if strange:
-        near = sorted(sorted(times, key=lambda t: abs(t - strange[0]))[:3])
-        raise SnapshotNotFoundError(
-            f"no checkpoint is of time {strange[0]}; the nearest are {', '.join(map(str, near))}."
-        )
-    left = [
-        c
-        for c in checkpoints
-        if (at is None or c.time <= at)
-        and c.time not in exclude
-        and (include is None or c.time in include or c.time == at)
-    ]
-    if not left or (at is not None and left[-1].time != at):
-        raise SnapshotNotFoundError(
-            "the checkpoint at which the average ends is excluded; exclude others, or choose an "
-            "earlier --at."
-        )
-    return left
 
 
 # ---- executing

@@ -35,7 +35,8 @@ from posthoc_ema.synthesis import (
     write_outputs,
 )
 from posthoc_ema.synthesis.checkpoint_files import open_checkpoint
-from posthoc_ema.synthesis.checkpoints import TimedCheckpoint, power_target, time_of
+from posthoc_ema.synthesis.checkpoint_names import TimedCheckpoint, time_of
+from posthoc_ema.synthesis.checkpoints import power_target
 
 from .stores import make_store
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import os
+import subprocess
+import sys
 import warnings
 
 import mpmath
@@ -51,20 +53,37 @@ def test_coefficients_of_a_messy_store_are_right(norm, rng):
     assert compare(inputs, targets, norm, noise) < 1e-6
 
 
+TIMED = """
+import sys, time
+import numpy as np
+from posthoc_ema import PowerProfile, fit
+from posthoc_ema.inner_products import density_products, random_walk_products
+norm = sys.argv[1]
+inputs = [PowerProfile(t, s) for t in range(1, 1025) for s in (0.05, 0.10)]
+targets = [PowerProfile(1024, s) for s in (0.02, 0.1, 0.25)]
+gram = (random_walk_products if norm == "random-walk" else density_products)(inputs, inputs)
+for _ in range(3):
+    start = time.process_time()
+    result = fit(inputs, targets, norm, 1e-8 * np.diag(gram))
+    print(time.process_time() - start)
+assert np.allclose(result.coefficients.sum(axis=0), 1, atol=1e-12)
+assert result.relative_residual.max() < 0.02
+"""
+
+
 @each_norm
 def test_2048_inputs_are_solved_in_two_seconds(norm):
-    inputs = [PowerProfile(t, s) for t in range(1, 1025) for s in (0.05, 0.10)]
-    targets = [PowerProfile(1024, s) for s in (0.02, 0.1, 0.25)]
-    noise = 1e-8 * np.diag(NORMS[norm](inputs, inputs))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        result = fit(inputs, targets, norm, noise)
-        seconds.append(time.perf_counter() - start)
-    print(f"{norm}: {min(seconds):.2f} s")
-    assert min(seconds) < 2
-    np.testing.assert_allclose(result.coefficients.sum(axis=0), 1, atol=1e-12)
-    assert result.relative_residual.max() < 0.02
+    """Seconds of one core, which what else runs on the machine does not stretch much."""
+    run = subprocess.run(
+        [sys.executable, "-c", TIMED, norm],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = min(float(line) for line in run.stdout.splitlines())
+    print(f"{norm}: {seconds:.2f} s")
+    assert seconds < 2
 
 
 @each_norm

@@ -11,7 +11,7 @@ from posthoc_ema.classical_profiles import (
     TabulatedProfile,
     UniformProfile,
 )
-from posthoc_ema.codecs import CODECS
+from posthoc_ema.codecs import CODECS, DEFAULT_CODEC
 from posthoc_ema.conversions import (
     beta_from_sigma_rel,
     gamma_of_sparse_updates,
@@ -44,6 +44,7 @@ from posthoc_ema.errors import (
 )
 from posthoc_ema.fitting import Fit, fit
 from posthoc_ema.profiles import (
+    DEFAULT_SIGMA_RELS,
     SIGMA_REL_MAX,
     GammaProfile,
     PointProfile,
@@ -73,6 +74,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CODECS",
+    "DEFAULT_CODEC",
+    "DEFAULT_SIGMA_RELS",
     "RAW",
     "SIGMA_REL_MAX",
     "ConfigError",

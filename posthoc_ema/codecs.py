@@ -20,6 +20,8 @@ STORE_DTYPES: tuple[str, ...] = get_args(StoreDtype)
 Codec = Literal["float32", "float16", "bfloat16", "delta", "delta-float16", "delta-int8"]
 CODECS: tuple[str, ...] = get_args(Codec)
 """What can be asked for: "delta" chooses a width for each average."""
+DEFAULT_CODEC: Codec = "delta"
+"""How averages are stored unless something else is asked for (docs/explanation/storage.md)."""
 FILE_CODECS: tuple[str, ...] = (*STORE_DTYPES, "delta-float16", "delta-int8")
 """What a file can be."""
 _ELEMENTS = {"delta-float16": "float16", "delta-int8": "int8"}

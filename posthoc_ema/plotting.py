@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.profiles import PowerProfile
+from posthoc_ema.profiles import PointProfile, PowerProfile
 from posthoc_ema.snapshot import SnapshotRecord
-from posthoc_ema.synthesis import RAW, SynthesisPlan
+from posthoc_ema.synthesis import DOUBTFUL, RAW, SynthesisPlan
 from posthoc_ema.tensor_files import atomic_write
 
 if TYPE_CHECKING:
@@ -139,24 +139,35 @@ def _y_range(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str, title: str = "") -> None:
-    """Target profiles with their reconstructions, what is left over, and the coefficients.
+def plot_profiles(
+    plan: SynthesisPlan,
+    path: Path,
+    *,
+    clock: str,
+    title: str = "",
+    over: SynthesisPlan | None = None,
+) -> None:
+    """Target profiles with their reconstructions, what is left over, the coefficients, the error.
 
     Args:
         plan: a synthesis plan; targets that are the raw weights are left out.
         path: picture to write; its ending decides the format.
         clock: unit of time, for the axis.
         title: title of the picture.
+        over: plan of the same store for many lengths, rising: adds their predicted error.
 
     Raises:
         SnapshotWriteError: the picture cannot be written; an older one is untouched.
     """
-    figure = _figure(7.2, 7.6)
-    top, middle, bottom = figure.subplots(3, 1, height_ratios=(3, 2, 2))
+    figure = _figure(7.2, 7.6 if over is None else 10.2)
+    heights = (3, 2, 2) if over is None else (3, 2, 2, 3)
+    top, middle, bottom, *last = figure.subplots(len(heights), 1, height_ratios=heights)
+    if over is not None:
+        _predicted_errors(last[0], over)
     # A density jumps to 0 at the end of every input; the grid ends just inside the last one.
     tau = np.linspace(0, plan.time, 4001)[1:-1]
     inputs = [record.profile for record in plan.inputs]
-    powers = [i for i, p in enumerate(inputs) if isinstance(p, PowerProfile)]
+    powers = [i for i, p in enumerate(inputs) if not isinstance(p, PointProfile)]
     densities = np.stack([inputs[i].density(tau) for i in powers], axis=1)
     shown = [i for i, s in enumerate(plan.sigma_rels) if s != RAW]
     for colour, i in zip(_COLOURS * len(shown), shown, strict=False):
@@ -177,6 +188,50 @@ def plot_profiles(plan: SynthesisPlan, path: Path, *, clock: str, title: str = "
         axes.set_xlim(0, plan.time * 1.01)
         _tidy(axes)
     _save(figure, path)
+
+
+def _predicted_errors(axes: Axes, plan: SynthesisPlan) -> None:
+    """Predicted error over the lengths of a plan, the part of it that is storage, and what is tracked."""
+    lengths = np.array(plan.sigma_rels)
+    storage = plan.predicted_error * np.sqrt(plan.storage_share)
+    axes.plot(
+        lengths, plan.predicted_error, color=_COLOURS[0], linewidth=1.8, label="predicted error"
+    )
+    axes.plot(
+        lengths, storage, color=_COLOURS[1], linewidth=1.2, linestyle="--", label="from storage"
+    )
+    lost = plan.reach > DOUBTFUL
+    if lost.any():
+        axes.fill_between(
+            lengths,
+            0,
+            1,
+            where=list(lost),
+            transform=axes.get_xaxis_transform(),
+            color=_GREY,
+            alpha=0.15,
+            linewidth=0,
+            label="out of reach",
+        )
+    for sigma_rel in sorted({r.sigma_rel for r in plan.inputs if r.sigma_rel is not None}):
+        axes.axvline(sigma_rel, color=_GREY, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            f"tracked {sigma_rel:g}",
+            (sigma_rel, 0.97),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            xytext=(3, 0),
+            va="top",
+            fontsize="small",
+            color=_GREY,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _length_ticks(axes, plan.sigma_rels)
+    axes.set_xlabel("averaging length sigma_rel")
+    axes.set_ylabel("error / norm of the weights")
+    axes.legend(frameon=False, loc="lower left")
+    _tidy(axes)
 
 
 def _stems(axes: Any, records: Sequence[SnapshotRecord], values: Any, colour: str) -> None:

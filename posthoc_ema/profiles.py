@@ -27,6 +27,11 @@ SIGMA_REL_MAX: float = 1 / math.sqrt(12)
 """Largest sigma_rel of the family: gamma = 0, the plain average over all of training (0.288675...)."""
 
 
+DEFAULT_SIGMA_RELS: tuple[float, ...] = (0.04, 0.15)
+"""Lengths that are tracked unless others are asked for: of 35 pairs the best over 0.015 to 0.25 at equal
+bytes (docs/explanation/storage.md). The paper's are (0.05, 0.10)."""
+
+
 def _check_sigma_rel(sigma_rel: FloatArray) -> None:
     # Written so that nan is bad. Subnormal numbers, whose inverse is not finite, count as 0.
     bad = ~((sigma_rel >= sys.float_info.min) & (sigma_rel <= SIGMA_REL_MAX))

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from posthoc_ema import CODECS, SIGMA_REL_MAX, ConfigError
+from posthoc_ema import CODECS, DEFAULT_CODEC, DEFAULT_SIGMA_RELS, SIGMA_REL_MAX, ConfigError
 
 
 def _require(ok: bool, name: str, rule: str, value: object, remedy: str = "") -> None:
@@ -186,8 +186,8 @@ class TrackConfig:
     """
 
     snapshot_every: int
-    sigma_rels: tuple[float, ...] = (0.04, 0.15)
-    dtype: str = "delta"
+    sigma_rels: tuple[float, ...] = DEFAULT_SIGMA_RELS
+    dtype: str = DEFAULT_CODEC
     direct_sigma_rels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from posthoc_ema.codecs import AnyArray, check_codec
+from posthoc_ema.codecs import DEFAULT_CODEC, AnyArray, check_codec
 from posthoc_ema.errors import (
     ConfigError,
     SnapshotMismatchError,
@@ -21,6 +21,7 @@ from posthoc_ema.errors import (
 )
 from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.profiles import (
+    DEFAULT_SIGMA_RELS,
     PointProfile,
     PowerProfile,
     gamma_from_sigma_rel,
@@ -110,12 +111,12 @@ class Tracker:
         model: nn.Module,
         folder: str | os.PathLike[str],
         *,
-        sigma_rels: Sequence[float] = (0.04, 0.15),
+        sigma_rels: Sequence[float] = DEFAULT_SIGMA_RELS,
         every: int | None,
         clock: Literal["steps", "images"] = "steps",
         samples_per_step: int | None = None,
         update_every: int = 1,
-        dtype: str = "delta",
+        dtype: str = DEFAULT_CODEC,
         keep: int | None = None,
         keep_range: tuple[float, float] = (0.02, 0.25),
         raw: Literal["last", "all", "none"] = "last",

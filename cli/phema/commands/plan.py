@@ -12,7 +12,7 @@ import typer
 from phema.options import Json, find_store, parse_sigma_rels
 from phema.output import note, output_folder, print_json, size, table
 from phema.ranges import check_picture, parse_range, shown_lengths
-from posthoc_ema import ConfigError
+from posthoc_ema import DEFAULT_CODEC, DEFAULT_SIGMA_RELS, ConfigError
 from posthoc_ema.planning import (
     DEFAULT_DRIFT,
     DEFAULT_TIMES,
@@ -106,9 +106,9 @@ def command(
     plan = _plan(
         steps,
         every or max(1, steps // DEFAULT_TIMES),
-        tracked or (0.05, 0.10),
+        tracked or DEFAULT_SIGMA_RELS,
         weights,
-        dtype or "delta",
+        dtype or DEFAULT_CODEC,
         wanted,
         walk,
         pace,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from phema.options import At, Norm, find_store, need_file, parse_sigma_rels
 from phema.output import output_folder
-from posthoc_ema import ConfigError, plan_synthesis
+from posthoc_ema import SIGMA_REL_MAX, ConfigError, plan_synthesis
 from posthoc_ema.sweep import RESULTS, read_results
 
 
@@ -35,7 +36,8 @@ def command(
 ) -> None:
     """Draw sweeps or profiles.
 
-    Quality against length for sweeps; profiles and their reconstructions for snapshots.
+    Quality against length for sweeps. For snapshots: profiles and their reconstructions, the
+    coefficients, and the predicted error over all lengths.
     """
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ConfigError(f"--out must end in .png, .pdf or .svg, got {out}.")
@@ -62,7 +64,10 @@ def _profiles(
     if not sigma_rels:
         raise ConfigError("a picture of profiles needs at least one length besides raw.")
     plan = plan_synthesis(store, sigma_rels, at=at, norm=norm)  # type: ignore[arg-type]  # checked inside
-    plot_profiles(plan, out, clock=store.clock, title=title)
+    shortest = min([*sigma_rels, *store.sigma_rels])
+    lengths = np.geomspace(shortest / 3, SIGMA_REL_MAX, 80)[:-1].tolist()
+    over = plan_synthesis(store, lengths, at=at, norm=norm)  # type: ignore[arg-type]  # as above
+    plot_profiles(plan, out, clock=store.clock, title=title, over=over)
 
 
 def _sweeps(sources: list[Path], out: Path, ylabel: str, title: str) -> None:

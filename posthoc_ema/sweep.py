@@ -29,7 +29,7 @@ from posthoc_ema.tensor_files import atomic_write, write_json
 
 RESULTS = "sweep.json"
 TABLE = "sweep.csv"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 class Metric(Protocol):
@@ -128,12 +128,12 @@ class SweepRow:
     Attributes:
         sigma_rel: the length; 0.0 is the raw weights.
         values: what the metric gave, name -> number.
-        profile_error: predicted relative error of the synthesized profile.
+        predicted_error: expected error of the average over the norm of the weights; nan if unknown.
     """
 
     sigma_rel: float
     values: dict[str, float]
-    profile_error: float
+    predicted_error: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def run_sweep(
     message = out_of_reach(plan)
     if message:
         warnings.warn(message, PhemaWarning, stacklevel=2)
-    errors = dict(zip(plan.sigma_rels, plan.profile_error.tolist(), strict=True))
+    errors = dict(zip(plan.sigma_rels, plan.predicted_error.tolist(), strict=True))
     identity = {
         "run_id": store.run_id,
         "time": plan.time,
@@ -311,10 +311,10 @@ def write_results(result: SweepResult, folder: Path) -> None:
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["sigma_rel", *names, "profile_error"])
+    table.writerow(["sigma_rel", *names, "predicted_error"])
     for row in result.rows:
         values = [row.values.get(name, "") for name in names]
-        table.writerow([label(row.sigma_rel), *values, row.profile_error])
+        table.writerow([label(row.sigma_rel), *values, row.predicted_error])
     with atomic_write(folder / TABLE) as descriptor:
         os.write(descriptor, text.getvalue().encode())
 
@@ -333,7 +333,7 @@ def to_json(result: SweepResult) -> dict[str, Any]:
                 "sigma_rel": None if row.sigma_rel == RAW else row.sigma_rel,
                 "raw": row.sigma_rel == RAW,
                 "values": row.values,
-                "profile_error": row.profile_error,
+                "predicted_error": None if math.isnan(row.predicted_error) else row.predicted_error,
             }
             for row in result.rows
         ],
@@ -358,7 +358,7 @@ def read_results(folder: Path) -> SweepResult:
             SweepRow(
                 RAW if row["raw"] else float(row["sigma_rel"]),
                 {str(k): float(v) for k, v in row["values"].items()},
-                float(row["profile_error"]),
+                math.nan if row["predicted_error"] is None else float(row["predicted_error"]),
             )
             for row in value["rows"]
         )

@@ -127,12 +127,12 @@ def _print(result: SweepResult, out: Path) -> None:
         [
             label(row.sigma_rel),
             *[f"{row.values.get(name, float('nan')):.4g}" for name in names],
-            f"{row.profile_error:.1e}",
+            f"{row.predicted_error:.1e}",
             "<- best" if row.sigma_rel == best else "",
         ]
         for row in result.rows
     ]
-    typer.echo(table(["sigma_rel", *names, "profile error", ""], rows))
+    typer.echo(table(["sigma_rel", *names, "error", ""], rows))
     typer.echo(f"{result.identity['metric']}; table in {out / TABLE}")
     ends = (result.averaged[0].sigma_rel, result.averaged[-1].sigma_rel)
     if len(result.averaged) > 1 and best in ends:

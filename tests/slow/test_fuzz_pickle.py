@@ -19,7 +19,7 @@ from posthoc_ema.importers.tensors import PickledTensor
 from posthoc_ema.importers.torch_files import load_bytes
 
 SEEDS = Path(__file__).parents[1] / "corpus" / "pickles"
-INPUTS = 1_000_000
+INPUTS = 600_000
 PROCESSES = 2
 MOST_GROWTH = 96 << 20  # bytes of memory, over all inputs
 LONGEST = 4096  # longer seeds are for other tests: they cost time and add no instruction

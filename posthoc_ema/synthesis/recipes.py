@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,5 @@ def _provenance(store: SnapshotStore, plan: SynthesisPlan, target: int) -> dict[
 
 def tool() -> str:
     """Name and version of this tool."""
-    from posthoc_ema import __version__
-
-    return f"posthoc-ema {__version__}"
+    # By name: the package's own namespace imports this module.
+    return f"posthoc-ema {importlib.import_module('posthoc_ema').__version__}"

@@ -232,3 +232,29 @@ def test_neither_length_nor_profile_is_a_usage_error(phema, checkpoints):
     done = phema("synth", "run", "--from-checkpoints")
     assert done.code == 2
     assert "Missing option '--sigma-rel' (or --profile)" in done.err
+
+
+def test_checkpoints_stream_in_bounded_memory(process, tmp_path):
+    """Four of 40 MB each: what is held at once is pieces, not tensors and not files."""
+    for step in (100, 200, 300, 400):
+        tensors = {f"w{i}": torch.full((2_500, 1_000), float(step)) for i in range(4)}
+        torch.save({"model": tensors}, tmp_path / f"step-{step}.pt")
+    program = (
+        "import sys, threading, time\n"
+        "peak = 0\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while True:\n"
+        "        lines = open('/proc/self/status').readlines()\n"
+        "        peak = max(peak, *(int(l.split()[1]) for l in lines if l.startswith('RssAnon')))\n"
+        "        time.sleep(0.002)\n"
+        "from phema.app import run\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "code = run(sys.argv[1:])\n"
+        "print('peak', peak)\n"
+        "sys.exit(code)\n"
+    )
+    words = ("synth", ".", "--from-checkpoints", "--sigma-rel", "0.25", "--out", "out")
+    done = process(*words, program=("-c", program))
+    assert done.code == 0, done
+    assert int(done.out.split()[-1]) < 100_000  # kB; the inputs are 160 MB

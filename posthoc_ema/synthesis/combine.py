@@ -79,14 +79,18 @@ class _Task:
         sizes: name -> number of elements.
         num_targets: targets of the group.
         weights: of the sums, float32, (num_sums, num_sources).
-        matrix: (num_targets, num_sums), gives the targets from the sums; None if they are the sums.
+        summed: target that each sum is, (num_sums).
+        derived: targets that are made of the sums, (num_derived).
+        matrix: how, float32, (num_derived, num_sums).
         copied: (target, source) of targets that are one input.
     """
 
     sizes: Mapping[str, int]
     num_targets: int
     weights: Float32Array
-    matrix: Float32Array | None
+    summed: tuple[int, ...]
+    derived: tuple[int, ...]
+    matrix: Float32Array
     copied: tuple[tuple[int, int], ...]
 
     @staticmethod
@@ -98,15 +102,20 @@ class _Task:
             for i, row in enumerate(weights)
             if np.count_nonzero(row) == 1 and row.max() == 1
         ]
-        summed = [i for i in range(len(weights)) if i not in dict(copied)]
-        few = basis(weights[summed])
-        chosen = summed if few is None else [summed[i] for i in few[0]]
-        matrix = None
-        if few is not None or copied:
-            matrix = np.zeros((len(weights), len(chosen)), dtype=np.float32)
-            matrix[summed] = np.eye(len(chosen)) if few is None else few[1]
-        sums = weights[chosen].astype(np.float32)
-        return _Task(group.sizes, len(weights), sums, matrix, tuple(copied))
+        rest = [i for i in range(len(weights)) if i not in dict(copied)]
+        few = basis(weights[rest])
+        chosen, matrix = (list(range(len(rest))), np.eye(len(rest))) if few is None else few
+        others = [i for i in range(len(rest)) if i not in chosen]
+        summed = [rest[i] for i in chosen]
+        return _Task(
+            group.sizes,
+            len(weights),
+            weights[summed].astype(np.float32),
+            tuple(summed),
+            tuple(rest[i] for i in others),
+            matrix[others].astype(np.float32),
+            tuple(copied),
+        )
 
 
 @dataclass
@@ -277,7 +286,8 @@ class _Share:
         self._stacks: dict[str, AnyArray] = {}
         self._rows: dict[str, list[tuple[AnyArray, AnyArray]]] = {}  # stored bits, and as bytes
         self._weights: dict[tuple[int, ...], Any] = {}
-        self._matrix = None if task.matrix is None else arithmetic.weights(task.matrix)
+        self._matrix = arithmetic.weights(task.matrix)
+        self._derived = np.empty((0, 0), dtype=np.float32)
 
     def add(self, slot: _Slot) -> None:
         """Read the tile from all inputs and add it to the sums."""
@@ -328,13 +338,20 @@ class _Share:
         out, sums = slot.out[: task.num_targets, :length], slot.sums[: len(task.weights)]
         if slot.empty:
             sums[:] = 0
-        if self._matrix is None:
+        if len(task.summed) == task.num_targets:
             slot.values = self._arithmetic.fetch(sums, out)
             return
-        copies = {target: out[target].copy() for target, _ in task.copied}
-        self._arithmetic.derive(sums, self._matrix, out)
-        for target, values in copies.items():
-            out[target] = values
+        if not len(self._derived):
+            shape = max(len(task.summed), len(task.derived)), slot.out.shape[1]
+            self._derived = np.empty(shape, dtype=np.float32)
+        values = self._arithmetic.fetch(sums, self._derived[: len(sums), :length])
+        for row, target in enumerate(task.summed):
+            out[target] = values[row]
+        if task.derived:
+            made = self._derived[: len(task.derived), :length]
+            self._arithmetic.derive(sums, self._matrix, made)
+            for row, target in enumerate(task.derived):
+                out[target] = made[row]
         slot.values = out
 
 

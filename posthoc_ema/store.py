@@ -340,8 +340,14 @@ class SnapshotStore:
 
     @property
     def times(self) -> list[int]:
-        """Times at which averages are stored (the raw weights alone do not count), rising."""
-        return sorted({r.time for r in self.records if not isinstance(r.profile, PointProfile)})
+        """Times at which averages are stored, rising; of raw weights if there is nothing else."""
+        return sorted({r.time for r in self.averages})
+
+    @property
+    def averages(self) -> tuple[SnapshotRecord, ...]:
+        """What can be combined: the stored averages; the raw weights if there is nothing else."""
+        found = tuple(r for r in self.records if not isinstance(r.profile, PointProfile))
+        return found or self.records
 
     @property
     def sigma_rels(self) -> list[float]:

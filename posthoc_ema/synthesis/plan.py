@@ -213,11 +213,13 @@ def plan_synthesis(
         coefficients[:, power] = result.coefficients
     numbers = _numbers(inputs, targets, coefficients, measurement, power, result if power else None)
     if len(power) < len(wanted):
-        inputs.append(_raw_record(store, time))
-        raw_row = [[1.0 if s == RAW else 0.0 for s in wanted]]
-        coefficients = np.vstack([coefficients, raw_row])
+        raw = _raw_record(store, time)
+        if raw not in inputs:
+            inputs.append(raw)
+            coefficients = np.vstack([coefficients, np.zeros(len(wanted))])
+        coefficients[inputs.index(raw), [s == RAW for s in wanted]] = 1.0
         if not power:
-            inputs, coefficients = inputs[-1:], coefficients[-1:]
+            inputs, coefficients = [raw], coefficients[[inputs.index(raw)]]
     count = len(sigma_rels)
     files, of_files = file_coefficients(store.records, inputs, coefficients)
     return SynthesisPlan(
@@ -258,7 +260,7 @@ def _end(store: SnapshotStore, at: int | None) -> int:
 def _inputs(
     store: SnapshotStore, time: int, include: Collection[int] | None, exclude: Collection[int]
 ) -> list[SnapshotRecord]:
-    averages = [r for r in store.records if not isinstance(r.profile, PointProfile)]
+    averages = store.averages
     strange = sorted({*(include or ()), *exclude} - {r.time for r in averages})
     if strange:
         raise SnapshotNotFoundError(

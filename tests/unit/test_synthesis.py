@@ -386,3 +386,25 @@ def test_infinity_is_written_as_it_is(tmp_path):
 def test_a_length_out_of_reach_is_said(store):
     with pytest.warns(PhemaWarning, match="sigma_rel 0.001: .* below the tracked lengths .* snapshot more often"):
         synthesize(store, 0.001)
+
+
+def test_store_of_raw_weights_alone_is_averaged(tmp_path):
+    """Such as LoRA files of another tool: nothing was tracked, and the saved weights are combined."""
+    folder = tmp_path / "raw"
+    with SnapshotStore.create(folder, clock="steps", table=make_table(entry("w", (3,)))) as new:
+        for time in range(1, 11):
+            values = np.full(3, float(time), dtype=np.float32)
+            new.add(
+                time,
+                [NewAverage(PointProfile(time), "float32", lambda _, v=values: v)],
+                replace_raw=False,
+            )
+    store = SnapshotStore.open(folder)
+    assert store.times == list(range(1, 11))
+    plan = plan_synthesis(store, [0.2, 0])
+    points = [PointProfile(t) for t in range(1, 11)]
+    expected = fit(points, [PowerProfile(10, 0.2)], noise=plan.measurement.fit_noise)
+    np.testing.assert_allclose(plan.coefficients[:, 0], expected.coefficients[:, 0])
+    average, raw = synthesize(store, [0.2, 0])
+    np.testing.assert_allclose(average["w"], np.arange(1, 11) @ plan.coefficients[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(raw["w"], np.full(3, 10.0))

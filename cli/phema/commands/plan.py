@@ -59,7 +59,7 @@ def command(
     drift: Annotated[
         float | None,
         typer.Option(
-            help="How far the weights walk during the run, over their norm.  [default: 0.3]"
+            help="How far the weights walk during the run, over their norm.  [default: 0.4]"
         ),
     ] = None,
     like: Annotated[

@@ -190,8 +190,9 @@ def _open(
             stream = AheadStream(source.path, ranges[id(source)], own, executor)
         else:
             stream = CachedStream(source.path, ranges[id(source)], keep_open)
-        readers.append(source.reader(stream))
-        stack.callback(stream.close)
+        reader = source.reader(stream, names)
+        readers.append(reader)
+        stack.callback(reader.close)
     return readers
 
 
@@ -293,12 +294,12 @@ class _Share:
         """Read the tile from all inputs and add it to the sums."""
         tile, sums = slot.tile, slot.sums[: len(self._task.weights)]
         length = tile[-1].position + tile[-1].stop - tile[-1].start
-        gapless = length == sum(piece.stop - piece.start for piece in tile)
+        gaps = length != sum(piece.stop - piece.start for piece in tile)
         for begin in range(0, len(self._inputs), _GROUP):
             rows: dict[str, list[int]] = {}
             for j, reader, used in self._inputs[begin : begin + _GROUP]:
                 dtype = None
-                if gapless and isinstance(reader, SnapshotReader):
+                if isinstance(reader, SnapshotReader):
                     dtype = reader.stored_dtype(tile)
                 kind = dtype or "float32"
                 mine = rows.setdefault(kind, [])
@@ -306,7 +307,7 @@ class _Share:
                 if dtype is None:
                     reader.read(tile, stored[:length])
                 else:
-                    reader.read_stored(tile, raw[: length * stored.itemsize])
+                    reader.read_stored(tile, raw[: length * stored.itemsize], gaps)
                 for target in self._copies.get(j, ()):
                     decode(stored[:length], kind, slot.out[target, :length])
                 if used:

@@ -22,7 +22,7 @@ from posthoc_ema.codecs import (
 from posthoc_ema.errors import SnapshotFormatError
 from posthoc_ema.snapshot import SnapshotRecord
 from posthoc_ema.store import SnapshotStore
-from posthoc_ema.synthesis.streams import Range, Stream, merge
+from posthoc_ema.synthesis.streams import CachedStream, Range, Stream, merge
 from posthoc_ema.tensor_files import Header, TensorFile, TensorInfo
 
 PLAIN = ("float16", "bfloat16", "float32")
@@ -71,9 +71,16 @@ class SnapshotSource:
         infos = (self.header.tensors[name] for name in names)
         return merge((info.start, info.end) for info in infos)
 
-    def reader(self, stream: Stream) -> SnapshotReader:
-        """One pass over the file; `stream` gives the bytes of the tensors that will be asked for."""
-        return SnapshotReader(self, stream)
+    def reader(self, stream: Stream, names: Iterable[str] = ()) -> SnapshotReader:
+        """One pass over the file.
+
+        Args:
+            stream: the bytes of the tensors that will be asked for.
+            names: those tensors, in order; needed where scales belong to them.
+        """
+        scales = [n + SCALES for n in names if n + SCALES in self.header.tensors]
+        # A scale takes 2 bytes for each 64: so few that the page cache serves them well.
+        return SnapshotReader(self, stream, CachedStream(self.path, self.ranges(scales), True))
 
     def read_copy(self, name: str) -> AnyArray:
         """A whole tensor, as stored, checked."""
@@ -104,10 +111,11 @@ class SnapshotReader:
     Args:
         source: the file.
         stream: the bytes of the tensors, in the order in which their tiles are asked for.
+        scales: the bytes of the scales that belong to them.
     """
 
-    def __init__(self, source: SnapshotSource, stream: Stream) -> None:
-        self._source, self._stream = source, stream
+    def __init__(self, source: SnapshotSource, stream: Stream, scales: Stream) -> None:
+        self._source, self._stream, self._scales_stream = source, stream, scales
         self._tensors = source.header.tensors
         self._hasher, self._scales_hasher = xxhash.xxh3_64(), xxhash.xxh3_64()
 
@@ -120,21 +128,20 @@ class SnapshotReader:
             return None
         return dtype
 
-    def read_stored(self, tile: Sequence[Piece], out: AnyArray) -> None:
+    def read_stored(self, tile: Sequence[Piece], out: AnyArray, gaps: bool = False) -> None:
         """Read a tile as stored, bytes into `out`, uint8 of shape (tile bytes,), and check it.
 
-        Only for tiles that have a `stored_dtype` and no gaps between their pieces.
+        Only for tiles that have a `stored_dtype`; `gaps` if there are some between the pieces.
         """
-        self._stream.readinto(out)
-        if len(tile) == 1:
-            self._check(self._hasher, tile[0], self._tensors[tile[0].name], out)
-            return
-        begin = 0
+        if not gaps:
+            self._stream.readinto(out)
         for piece in tile:
             info = self._tensors[piece.name]
-            end = begin + (piece.stop - piece.start) * info.itemsize
-            self._check(self._hasher, piece, info, out[begin:end])
-            begin = end
+            begin = (piece.position - tile[0].position) * info.itemsize
+            raw = out[begin : begin + (piece.stop - piece.start) * info.itemsize]
+            if gaps:
+                self._stream.readinto(raw)
+            self._check(self._hasher, piece, info, raw)
 
     def read(self, tile: Sequence[Piece], out: Float32Array) -> None:
         """Read a tile as float32 into `out`, shape (tile length,)."""
@@ -150,13 +157,12 @@ class SnapshotReader:
                 decode(stored, info.dtype, values)
 
     def _scales(self, piece: Piece, info: TensorInfo) -> AnyArray:
-        """bfloat16 bits of the scales of a piece's blocks. They are few: the page cache serves them."""
+        """bfloat16 bits of the scales of a piece's blocks."""
         scales = self._tensors[piece.name + SCALES]
         first, last = piece.start // BLOCK, -(-piece.stop // BLOCK)
-        with TensorFile(self._source.path, self._source.header) as file:
-            raw = file.read_bytes(scales.start + 2 * first, scales.start + 2 * last)
-        whole = Piece(scales.name, first, last, 0)
-        self._check(self._scales_hasher, whole, scales, raw)
+        raw = np.empty(2 * (last - first), dtype=np.uint8)
+        self._scales_stream.readinto(raw)
+        self._check(self._scales_hasher, Piece(scales.name, first, last, 0), scales, raw)
         return raw.view(storage_dtype(scales.dtype))
 
     def _check(self, hasher: xxhash.xxh3_64, piece: Piece, info: TensorInfo, raw: AnyArray) -> None:
@@ -169,3 +175,4 @@ class SnapshotReader:
     def close(self) -> None:
         """Close the file, end its reading ahead."""
         self._stream.close()
+        self._scales_stream.close()

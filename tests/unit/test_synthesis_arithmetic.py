@@ -20,7 +20,7 @@ from posthoc_ema import (
     SnapshotStore,
     plan_synthesis,
 )
-from posthoc_ema.codecs import decode, encode
+from posthoc_ema.codecs import decode, decode_int8_blocks, encode
 from posthoc_ema.synthesis.arithmetic import BASIS_ERROR, NumpyArithmetic, basis, choose
 from posthoc_ema.synthesis.combine import Group, combine
 from posthoc_ema.synthesis.reading import SnapshotSource
@@ -372,3 +372,56 @@ def test_small_synthesis_imports_no_torch(tmp_path):
     command = [sys.executable, "-c", code, str(store.folder)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+# ---- int8 with a scale per block
+
+
+@pytest.fixture
+def int8_store(tmp_path, rng):
+    """A walk, stored as differences in int8; sizes that are no multiples of a block."""
+    table = make_table(entry("a", (70, 11)), entry("b", (3,)), entry("c", (1000,)))
+    walk = {e.name: rng.normal(size=e.shape).astype(np.float32) for e in table.entries.values()}
+    with SnapshotStore.create(tmp_path / "int8", clock="steps", table=table) as store:
+        for time in range(1, 9):
+            for values in walk.values():
+                values += 0.01 * rng.normal(size=values.shape).astype(np.float32)
+            new = NewAverage(PowerProfile(time, 0.1), "delta-int8", lambda n: walk[n].copy())
+            store.add(time, [new])
+    return SnapshotStore.open(tmp_path / "int8")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", ["cached", "ahead"])
+@pytest.mark.parametrize("tile", [64, 128, 1 << 17])
+def test_int8_files_are_read_in_blocks(int8_store, rng, monkeypatch, request, device, where, tile):
+    if where == "ahead":
+        request.getfixturevalue("cold")
+    monkeypatch.setattr(combine_module, "TILE", tile)
+    sources = [SnapshotSource.open(int8_store, r) for r in int8_store.records]
+    kinds = {s.header.tensors["a"].dtype for s in sources}
+    assert "int8" in kinds
+    weights = rng.normal(size=(2, len(sources)))
+    counts = {"a": 770, "b": 3, "c": 1000}
+    result = collect(sources, [Group(counts, weights)], device=device)
+    for name, count in counts.items():
+        stored = []
+        for source in sources:
+            bits = source.read_copy(name).reshape(-1)
+            if source.header.tensors[name].dtype == "int8":
+                out = np.empty(count, dtype=np.float32)
+                stored.append(decode_int8_blocks(bits, source.read_copy(name + ":scales"), out))
+            else:
+                stored.append(decode(bits, source.header.tensors[name].dtype))
+        np.testing.assert_allclose(result[name], weights @ np.float64(stored), atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["c", "c:scales"])
+def test_damage_of_int8_data_or_scales_is_named(int8_store, part):
+    sources = [SnapshotSource.open(int8_store, r) for r in int8_store.records]
+    source = next(s for s in sources if s.header.tensors["c"].dtype == "int8")
+    content = bytearray(source.path.read_bytes())
+    content[source.header.tensors[part].start] ^= 1
+    source.path.write_bytes(content)
+    with pytest.raises(SnapshotFormatError, match=f"{source.path.name}.*'{part}' is damaged"):
+        collect(sources, [Group({"a": 770, "b": 3, "c": 1000}, np.ones((1, len(sources))))])

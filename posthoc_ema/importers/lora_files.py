@@ -84,8 +84,7 @@ def plan_lora(source: Path, options: ImportOptions) -> ImportPlan:
         for path, _ in named
     ]
     notes.append(
-        "these are raw weights: averages of them are made by `phema synth --from-checkpoints` from the "
-        "files themselves."
+        "these are raw weights: `phema synth` averages what was saved, and what lies between is lost."
     )
     last = headers[max(times, key=lambda path: times[path])].metadata
     kept = {k: v for k, v in last.items() if k not in (*_HASHES, "format", METADATA_KEY)}

@@ -7,6 +7,7 @@ from typing import Any
 
 from posthoc_ema.synthesis.layouts import Layout
 
+_TAG = "- post-hoc-ema"
 _SHOWN = 12  # inputs that the card lists; phema.json has them all
 
 
@@ -20,6 +21,11 @@ def card_name(variant: str | None) -> str:
     return "README.md" if variant is None else f"README.{variant}.md"
 
 
+def is_card(content: bytes) -> bool:
+    """Whether a README was written by `card`, and may be by a later one."""
+    return _TAG.encode() in content
+
+
 def card(record: Mapping[str, Any], layout: Layout) -> str:
     """Text of the card, Markdown with the front matter that the hub reads.
 
@@ -28,7 +34,7 @@ def card(record: Mapping[str, Any], layout: Layout) -> str:
         layout: the files.
     """
     front = ["---", *([f"library_name: {layout.library}"] if layout.library else [])]
-    front += ["tags:", "- post-hoc-ema", "---"]
+    front += ["tags:", _TAG, "---"]
     profile = record.get("profile") or _length(record["sigma_rel"])
     lines = [
         *front,

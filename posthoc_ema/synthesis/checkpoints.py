@@ -185,7 +185,7 @@ def checkpoint_recipe(
                     x = np.tile(column[:, None], (1, len(targets)))
                 if part:
                     made.append(Group(part, x.T))
-            return combine(opened, made, device=device)
+            return combine(opened, made, device=device) if made else iter(())
 
         yield Recipe(
             table,

@@ -44,6 +44,7 @@ _NOT_COPIED = re.compile(
     r".*\.index(\..+)?\.json|phema(\..+)?\.json|trainer_state\.json|requirements\.txt|\..*"
 )
 _LARGEST_INDEX = 100_000_000
+_MOST_ADAPTERS = 64  # words that are tried as an adapter's name: each costs a pass over all names
 
 
 @dataclass(frozen=True)
@@ -293,9 +294,9 @@ def _renamings(wanted: Collection[str], known: Iterable[str]) -> Iterator[Rename
     """Rules from names of the table to names of the base, plain ones first."""
     known = list(known)
     parts = {part for name in wanted for part in name.split(".")}
-    others = {part for name in known for part in name.split(".")[1:]} - parts
+    others = {part for name in known for part in name.split(".")[1:] if not part.isdigit()} - parts
     plain: list[Rename] = [lambda name: name, _unwrapped]
-    plain += [_adapter(part) for part in sorted(others)]
+    plain += [_adapter(part) for part in sorted(others)[:_MOST_ADAPTERS]]
     yield from plain
     first = next(iter(wanted), "")
     for rule in plain:

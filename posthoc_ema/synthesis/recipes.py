@@ -71,10 +71,11 @@ def store_recipe(store: SnapshotStore, plan: SynthesisPlan, *, device: str | Non
         return [SnapshotSource.open(store, record) for record in plan.files]
 
     def blocks(names: Sequence[str], targets: Sequence[int]) -> Iterator[Block]:
-        parts = plan.weights(sizes_of(store.table, names), targets)
-        return combine(
-            sources(), [Group(sizes, weights) for sizes, weights in parts], device=device
-        )
+        sizes = sizes_of(store.table, names)
+        if not sizes:
+            return iter(())
+        parts = plan.weights(sizes, targets)
+        return combine(sources(), [Group(part, weights) for part, weights in parts], device=device)
 
     def copy(name: str) -> AnyArray:
         return at_time().read_copy(name)

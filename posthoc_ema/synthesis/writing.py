@@ -25,7 +25,7 @@ from posthoc_ema.errors import (
     SynthesisError,
 )
 from posthoc_ema.snapshot import METADATA_KEY
-from posthoc_ema.synthesis.cards import card, card_name, record_name
+from posthoc_ema.synthesis.cards import card, card_name, is_card, record_name
 from posthoc_ema.synthesis.layouts import FileLayout, Layout, OutputTensor
 from posthoc_ema.synthesis.recipes import Recipe
 from posthoc_ema.tensor_files import (
@@ -107,6 +107,9 @@ def check_free(recipe: Recipe, outputs: Sequence[Output]) -> None:
             path = output.folder / source.name
             if path.exists() and path.read_bytes() != source.read_bytes():
                 raise _taken(path)
+        readme = output.folder / card_name(output.layout.variant)
+        if not output.alone and readme.exists() and not is_card(readme.read_bytes()):
+            raise _taken(readme)
 
 
 def _taken(path: Path) -> ConfigError:

@@ -132,6 +132,14 @@ def test_shards_stay_below_the_limit_unless_one_tensor_is_larger():
     ]
 
 
+def test_shard_of_an_empty_tensor_alone(store, tmp_path):
+    (folder,) = folders(tmp_path)
+    layout = sharded("model.safetensors", table_tensors(TABLE), 1)
+    assert len(layout.files) == 8
+    synthesize_to_folders(recipe_of(store, 0.07), [folder], layout)
+    assert load_folder(folder)["empty"].shape == (0, 3)
+
+
 def test_index_says_where_each_tensor_is(store, tmp_path):
     layout = sharded("model.safetensors", table_tensors(TABLE), 100)
     (folder,) = folders(tmp_path)
@@ -354,6 +362,14 @@ def test_configuration_that_is_there_already_is_not_replaced(plain, tmp_path):
     (folder,) = folders(tmp_path)
     (folder / "config.json").write_text("other")
     with pytest.raises(ConfigError, match=r"config.json exists already"):
+        synthesize_to_folders(recipe_of(plain, 0.07), [folder], like_layout(base, PLAIN))
+
+
+def test_readme_of_the_user_is_not_replaced(plain, tmp_path):
+    base = base_of(tmp_path / "base", SHAPES)
+    (folder,) = folders(tmp_path)
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"README.md exists already"):
         synthesize_to_folders(recipe_of(plain, 0.07), [folder], like_layout(base, PLAIN))
 
 

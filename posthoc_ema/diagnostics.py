@@ -14,11 +14,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_ema.errors import ConfigError
+from posthoc_ema.fitting import fit
 from posthoc_ema.inner_products import residual_norms
 from posthoc_ema.profiles import FloatArray, Profile
 from posthoc_ema.quadrature import quadrature, tails
@@ -28,6 +30,9 @@ _ROUNDS = 20
 
 _ABSURD = 1e100
 """Squares of float32 weights stay below 1e77; what is larger is damage, and would overflow here."""
+
+_LEFT_OUT = 24
+"""How many stored averages are reconstructed from the others to check the scale."""
 
 _NOISE_MARGIN = 0.25
 """A difference is never taken below this share of its rounding variance: that is known no better."""
@@ -228,7 +233,7 @@ def _solve_scale(
     products: FloatArray, moved: FloatArray, trust: FloatArray, edges: FloatArray
 ) -> FloatArray:
     """Values per cell such that products @ q is close to `moved` in the logarithm."""
-    middle = np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
+    middle = _middle(edges)
     q = np.full(products.shape[1], np.median(moved / products.sum(axis=1)))
     for _ in range(_ROUNDS):
         predicted = products * q
@@ -245,6 +250,11 @@ def _solve_scale(
     return q
 
 
+def _middle(edges: FloatArray) -> FloatArray:
+    """Geometric middle of each cell."""
+    return np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
+
+
 def _fill_unseen(q: FloatArray, known: npt.NDArray[np.bool_], middle: FloatArray) -> FloatArray:
     """Cells that no pair sees get the value between their neighbours."""
     start = int(np.argmax(known))
@@ -256,16 +266,24 @@ def _fill_unseen(q: FloatArray, known: npt.NDArray[np.bool_], middle: FloatArray
 def sampled_scale(
     profiles: Sequence[Profile], samples: npt.ArrayLike, noise: npt.ArrayLike = 0.0
 ) -> Scale | None:
-    """`estimate_scale` from a sample of the elements of all stored averages.
+    """The scale from a sample of the elements of all stored averages: the one to use.
+
+    `estimate_scale` from neighbouring pairs, then checked against the averages themselves: some of them
+    are reconstructed from the others around them, and q is corrected by how far the errors of that were
+    from the predicted ones. Pairs see movement over the length of an average, reconstructions that
+    between two stored times; where training is not quite a random walk the two differ.
 
     Args:
         profiles: of the stored averages, (num_profiles).
         samples: the same elements of each, shape (num_profiles, num_elements). A few thousand spread
-            evenly over the weights are enough.
+            evenly over the weights are enough. Averages that hold a non-finite one are left out.
         noise: mean-square rounding error of each stored average, scalar or (num_profiles,).
 
     Returns:
         The scale, or None; see `estimate_scale`.
+
+    Raises:
+        ConfigError: the shapes do not fit together.
 
     Example:
         >>> from posthoc_ema import PowerProfile
@@ -279,9 +297,56 @@ def sampled_scale(
             f"samples must have shape ({len(profiles)}, num_elements), one row per average, got "
             f"{values.shape}."
         )
+    variance = np.broadcast_to(np.asarray(noise, dtype=np.float64), (len(profiles),))
+    good = np.flatnonzero(np.isfinite(values).all(axis=1) & np.isfinite(variance)).tolist()
+    profiles, values, variance = [profiles[i] for i in good], values[good], variance[good]
     pairs = neighbour_pairs(profiles)
-    squared = np.array([np.mean((values[i].astype(np.float64) - values[j]) ** 2) for i, j in pairs])
-    return estimate_scale(profiles, pairs, squared, noise, num_elements=values.shape[1])
+    squared = [np.mean((values[i].astype(np.float64) - values[j]) ** 2) for i, j in pairs]
+    scale = estimate_scale(profiles, pairs, squared, variance, num_elements=values.shape[1])
+    if scale is None or scale.typical == 0:
+        return scale
+    return _corrected(scale, *_left_out(profiles, values, variance, scale))
+
+
+def _left_out(
+    profiles: Sequence[Profile], values: npt.NDArray[Any], noise: FloatArray, scale: Scale
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Reconstructions of stored averages from the others of up to three times before and after.
+
+    Returns:
+        Times, squared error over the predicted one, and how much of it is not rounding (0 to 1).
+    """
+    t = np.array([profile.t for profile in profiles])
+    times = np.unique(t)
+    rank = np.searchsorted(times, t)
+    inner = np.flatnonzero((rank >= 1) & (rank < len(times) - 1) & (scale(t) > 0))
+    chosen = inner[np.arange(_LEFT_OUT) * len(inner) // _LEFT_OUT] if len(inner) else inner
+    rows = []
+    for i in np.unique(chosen).tolist():
+        near = np.flatnonzero((np.abs(rank - rank[i]) <= 3) & (np.arange(len(t)) != i))
+        others, wanted = [profiles[j] for j in near.tolist()], [profiles[i]]
+        # The second term keeps copies and exact storage from making the system singular.
+        x = fit(others, wanted, noise=noise[near] / scale(t[i]) + 1e-9 * t[i]).coefficients
+        measured = np.mean((values[i] - x[:, 0] @ values[near].astype(np.float64)) ** 2)
+        rounding = noise[i] + noise[near] @ x[:, 0] ** 2
+        predicted = residual_norms(others, wanted, x, "random-walk", scale)[0] ** 2
+        if predicted > 1e-20 * scale(t[i]) * t[i]:
+            share = predicted / (predicted + rounding)
+            rows.append((t[i], max(measured - rounding, 0.0) / predicted, share))
+    table = np.array(rows).reshape(-1, 3)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def _corrected(scale: Scale, times: FloatArray, ratio: FloatArray, share: FloatArray) -> Scale:
+    """The scale times the local mean of `ratio`; 1 where little is known, and before the first time."""
+    if not len(times):
+        return scale
+    middle = _middle(scale.edges)
+    distance = np.log(middle)[:, None] - np.log(times)
+    weight = np.exp(-0.5 * (distance / 0.3) ** 2) * share**2
+    factor = weight @ np.log(np.clip(ratio, 0.05, 20)) / (weight.sum(axis=1) + 0.5)
+    factor[middle < 0.7 * times.min()] = 0.0
+    return Scale(scale.edges, scale.values * np.exp(factor), scale.num_elements)
 
 
 def predicted_errors(

@@ -177,6 +177,30 @@ def test_last_save_off_the_grid_does_not_shift_the_scale(rng):
     assert with_extra(STEPS - 100) == pytest.approx(without(STEPS - 100), rel=0.5)
 
 
+def test_scale_is_checked_against_averages_left_out(rng):
+    """A steady drift on top: pairs see it, reconstructions between stored times take it out."""
+    theta = random_walk(rng, SHAPES["constant"])
+    drift = np.arange(STEPS)[:, None] * rng.normal(size=theta.shape[1]) * 0.3
+    stored = profile_matrix(STORED) @ (theta + drift)
+    pairs = neighbour_pairs(STORED)
+    squared = [np.mean((stored[i] - stored[j]) ** 2) for i, j in pairs]
+    from_pairs = estimate_scale(STORED, pairs, squared)
+    checked = sampled_scale(STORED, stored)
+    tau = np.linspace(200, 900, 20)
+    assert np.median(from_pairs(tau)) > 4
+    assert 0.5 < np.median(checked(tau)) < 2
+
+
+def test_average_with_a_damaged_element_is_left_out(rng):
+    stored = profile_matrix(STORED) @ random_walk(rng, SHAPES["constant"])
+    clean = sampled_scale(STORED, stored)
+    for value in (np.nan, np.inf):
+        stored[7, 3] = value
+        damaged = sampled_scale(STORED, stored)
+        assert damaged.typical == pytest.approx(clean.typical, rel=0.2)
+    assert sampled_scale(STORED, np.full_like(stored, np.nan)) is None
+
+
 def test_prediction_contains_the_noise_of_storage():
     targets = [PowerProfile(STEPS, s) for s in (0.02, 0.1)]
     x = fit(STORED, targets, noise=0.1).coefficients

@@ -57,7 +57,8 @@ from posthoc_ema.profiles import (
 )
 from posthoc_ema.reencoding import reencode
 from posthoc_ema.snapshot import SnapshotRecord, TensorEntry, TensorTable
-from posthoc_ema.store import NewAverage, Problem, SnapshotStore
+from posthoc_ema.snapshot_folder import NewAverage
+from posthoc_ema.store import Problem, SnapshotStore
 from posthoc_ema.synthesis import (
     RAW,
     Measurement,

@@ -200,7 +200,7 @@ def encode_int8_blocks(values: Float32Array) -> tuple[AnyArray, AnyArray]:
     Example:
         >>> stored, scales = encode_int8_blocks(np.array([1.0, -0.5], dtype=np.float32))
         >>> stored.tolist(), decode_int8_blocks(stored, scales, np.empty(2, "f4")).round(2).tolist()
-        ([127, -64], [1.0, -0.5])
+        ([126, -63], [1.0, -0.5])
     """
     padded = np.zeros((-(-len(values) // BLOCK), BLOCK), dtype=np.float32)
     padded.reshape(-1)[: len(values)] = values

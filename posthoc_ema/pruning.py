@@ -23,8 +23,9 @@ from posthoc_ema.least_squares import Density
 from posthoc_ema.profiles import FloatArray, PointProfile, PowerProfile
 from posthoc_ema.retention import choose, targets_of
 from posthoc_ema.snapshot import SnapshotRecord
+from posthoc_ema.snapshot_folder import LONGEST_CHAIN
 from posthoc_ema.storage_costs import FILE_COSTS
-from posthoc_ema.store import LONGEST_CHAIN, SnapshotStore
+from posthoc_ema.store import SnapshotStore
 from posthoc_ema.subset_search import Criterion
 from posthoc_ema.synthesis import Measurement, measure
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from posthoc_ema.codecs import AnyArray, check_codec
 from posthoc_ema.errors import SnapshotMismatchError, SnapshotWriteError
 from posthoc_ema.snapshot_files import AverageReader
-from posthoc_ema.store import NewAverage, SnapshotStore
+from posthoc_ema.snapshot_folder import NewAverage
+from posthoc_ema.store import SnapshotStore
 from posthoc_ema.synthesis.measuring import measure
 from posthoc_ema.tensor_files import fsync_directory
 

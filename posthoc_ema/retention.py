@@ -96,7 +96,7 @@ def choose(
     Example:
         >>> inputs = [PowerProfile(t, s) for t in range(1, 17) for s in (0.05, 0.10)]
         >>> choice = choose(inputs, sigma_rels_range=(0.03, 0.20), keep=8)
-        >>> len(choice.kept), bool(choice.worst < 2e-2)
+        >>> len(choice.kept), bool(choice.worst < 5e-2)
         (8, True)
     """
     last, variance = _check(inputs, noise, end)

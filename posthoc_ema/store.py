@@ -11,19 +11,16 @@ import contextlib
 import operator
 import os
 import secrets
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import filelock
 
-from posthoc_ema.chains import choose_bases, dependents, parts
-from posthoc_ema.codecs import DELTA_WIDTHS, SCALES, AnyArray, check_codec, is_delta
+from posthoc_ema.chains import dependents
 from posthoc_ema.errors import (
     ConfigError,
-    PhemaWarning,
     SnapshotError,
     SnapshotFormatError,
     SnapshotMismatchError,
@@ -32,7 +29,6 @@ from posthoc_ema.errors import (
 from posthoc_ema.manifest import (
     MANIFEST,
     Manifest,
-    own_description,
     read_manifest,
     rebuild_manifest,
     table_difference,
@@ -41,7 +37,6 @@ from posthoc_ema.profiles import PointProfile
 from posthoc_ema.snapshot import (
     CLOCKS,
     METADATA_KEY,
-    SnapshotMetadata,
     SnapshotRecord,
     StoredProfile,
     TensorTable,
@@ -50,60 +45,22 @@ from posthoc_ema.snapshot import (
     kind_of,
     order_of,
     place_of,
-    revision_of,
 )
 from posthoc_ema.snapshot_files import (
-    CHUNK,
-    RESTORE,
     ArraySource,
     AverageReader,
-    KeyFrameNeededError,
-    Node,
     Source,
-    StoredFile,
-    check_tensors,
-    open_kept,
-    write_snapshot,
 )
+from posthoc_ema.snapshot_folder import NewAverage, SnapshotFolder, with_noise
 from posthoc_ema.tensor_files import (
     Header,
     fsync_directory,
     is_temporary_name,
-    read_header,
     write_json,
 )
 
-RAW_DTYPE = "float16"
-"""How raw weights are stored beside differences: the next ones replace them, so they start no chain."""
-KEY_FRAME = "float32"
-"""How the average that starts a chain is stored: what all others of the chain stand on."""
-LONGEST_CHAIN = 32
-"""Times in a chain of differences: a damaged file takes at most the rest of its chain along."""
-
 _LOCK = ".lock"
-_KEPT = ".latest-"
-"""Files of what a reader gets back of the latest averages, while a writer is at work: a cache."""
 _LOCK_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class NewAverage:
-    """An average to be stored.
-
-    Attributes:
-        profile: which average; its end must be the snapshot's time.
-        dtype: "float32", "float16", "bfloat16", or as differences "delta", "delta-float16" or
-            "delta-int8". Raw weights are never stored as a difference, but as float16 then.
-        noise: mean square error that the values already carry, for example because they were stored
-            before.
-        read: name -> tensor. Averaged tensors come as float32 arrays, copied ones as the bits of their
-            own dtype (bfloat16 as uint16). Called once or twice per name.
-    """
-
-    profile: StoredProfile
-    dtype: str
-    read: Callable[[str], AnyArray]
-    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +83,7 @@ class SnapshotStore:
 
     Example:
         >>> import tempfile, numpy as np
-        >>> from posthoc_ema import PowerProfile
+        >>> from posthoc_ema import NewAverage, PowerProfile, TensorEntry
         >>> table = TensorTable({"w": TensorEntry("w", (2,), "float32", True)}, {})
         >>> folder = tempfile.mkdtemp() + "/snapshots"
         >>> with SnapshotStore.create(folder, clock="steps", table=table) as store:
@@ -142,6 +99,9 @@ class SnapshotStore:
         self.folder = folder
         self._manifest = manifest
         self._lock = lock
+        self._files = SnapshotFolder(
+            folder, manifest.run_id, manifest.clock, manifest.table, manifest.metadata
+        )
 
     # ---- making one
 
@@ -302,7 +262,7 @@ class SnapshotStore:
         """Give the folder free for another writer."""
         if self._lock is not None:
             if self._lock.is_locked:
-                self._forget_kept()
+                self._files.forget_kept()
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -362,7 +322,7 @@ class SnapshotStore:
 
     def path(self, record: SnapshotRecord) -> Path:
         """Where the file of a record is."""
-        return self.folder / record.file
+        return self._files.path(record)
 
     def header(self, record: SnapshotRecord) -> tuple[Header, dict[str, str]]:
         """Header of a record's file, checked against the manifest, and the tensors' checksums.
@@ -371,24 +331,7 @@ class SnapshotStore:
             SnapshotFormatError: the file is missing, damaged, or not the one that was stored.
             SnapshotMismatchError: it holds tensors of another model.
         """
-        path = self.path(record)
-        header = read_header(path)
-        own = own_description(path, header)
-        if own.get("run_id") != self.run_id:
-            raise SnapshotMismatchError(
-                f"{path}: belongs to run {own.get('run_id')}, the store to run {self.run_id}. "
-                "Snapshots of two runs cannot be combined; restore the file that was stored here."
-            )
-        check_tensors(path, header, self.table)
-        if header.file_bytes != record.file_bytes or header.checksum != record.header_checksum:
-            raise SnapshotFormatError(
-                f"{path}: differs from the file that was stored (size or header checksum). {RESTORE}"
-            )
-        digests = own.get("xxh3", "")
-        names = list(header.tensors)  # in the order of their data
-        if not isinstance(digests, str) or len(digests) != 16 * len(names):
-            raise SnapshotFormatError(f"{path}: its table of checksums is malformed.")
-        return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
+        return self._files.header(record)
 
     def read(self, record: SnapshotRecord) -> AverageReader:
         """Open one average for reading, whatever it is stored as; use as a context manager.
@@ -396,35 +339,7 @@ class SnapshotStore:
         Raises:
             SnapshotFormatError: a file of its chain is missing or damaged.
         """
-        return self._reader(self.records, [(record, 1.0)], use_kept=False)
-
-    def _reader(
-        self,
-        records: Sequence[SnapshotRecord],
-        combination: Sequence[tuple[SnapshotRecord, float]],
-        use_kept: bool,
-    ) -> AverageReader:
-        """Open a combination of averages; `records` are in the order of the store and hold all bases."""
-        needed = {record.file for record, _ in combination}
-        nodes: list[tuple[SnapshotRecord, StoredFile, bool]] = []
-        with contextlib.ExitStack() as stack:
-            for record in reversed(records):
-                if record.file in needed:
-                    kept = open_kept(self._kept_path(record.file), record) if use_kept else None
-                    file = kept or StoredFile(self.path(record), *self.header(record))
-                    nodes.append((record, stack.enter_context(file), kept is not None))
-                    needed |= set() if kept else {base for base, _ in record.bases}
-            nodes.reverse()
-            number = {record.file: i for i, (record, _, _) in enumerate(nodes)}
-            reader = AverageReader(
-                [
-                    Node(file, () if kept else tuple((number[base], x) for base, x in record.bases))
-                    for record, file, kept in nodes
-                ],
-                [(number[record.file], x) for record, x in combination],
-            )
-            stack.pop_all()
-        return reader
+        return self._files.reader(self.records, [(record, 1.0)])
 
     def verify(self) -> Iterator[Problem]:
         """Check every byte of every file; yields what is wrong, and goes on after each problem.
@@ -434,7 +349,7 @@ class SnapshotStore:
         """
         for record in self.records:
             try:
-                self._verify_file(record)
+                self._files.verify(record)
             except SnapshotError as error:
                 if record in read_manifest(self.folder).records:
                     what = str(error).removeprefix(f"{self.path(record)}: ")
@@ -464,22 +379,6 @@ class SnapshotStore:
                 return False
         except (filelock.Timeout, OSError):
             return True
-
-    def _verify_file(self, record: SnapshotRecord) -> None:
-        header, digests = self.header(record)
-        damaged = []
-        with StoredFile(self.path(record), header, digests) as file:
-            for name, info in header.tensors.items():
-                try:
-                    for start in range(0, info.size, CHUNK) if info.size else [0]:
-                        file.bits(name, start, min(info.size, start + CHUNK))
-                except SnapshotFormatError:
-                    damaged.append(repr(name.removesuffix(SCALES)))
-        if damaged:
-            raise SnapshotFormatError(
-                f"{self.path(record)}: the data of {len(damaged)} tensors is damaged (checksum): "
-                f"{', '.join(damaged[:3])}{' ...' if damaged[3:] else ''}. {RESTORE}"
-            )
 
     # ---- changing
 
@@ -535,7 +434,7 @@ class SnapshotStore:
             for average, source in sorted(
                 averages, key=lambda pair: place_of(time, pair[0].profile)
             ):
-                new.append(self._write(time, average, source, new))
+                new.append(self._files.add([*self.records, *new], time, average, source))
             if new:
                 self._commit([*(r for r in self.records if r.file not in replaced), *new])
         except BaseException:
@@ -543,18 +442,8 @@ class SnapshotStore:
             raise
         for name in replaced:
             (self.folder / name).unlink(missing_ok=True)
-        self._forget_kept(record.file for record in new)
+        self._files.forget_kept(record.file for record in new)
         return new
-
-    def _kept_path(self, file: str) -> Path:
-        return self.folder / f"{_KEPT}{file}"
-
-    def _forget_kept(self, but: Iterable[str] = ()) -> None:
-        """Remove what was kept of averages that no next difference will be taken to."""
-        needed = {f"{_KEPT}{file}" for file in but}
-        for path in self.folder.glob(f"{_KEPT}*.safetensors"):
-            if path.name not in needed:
-                path.unlink(missing_ok=True)
 
     def _undo(self, names: Iterable[str]) -> None:
         """Delete new files of a change that failed, unless the manifest on disk lists them.
@@ -568,75 +457,6 @@ class SnapshotStore:
             for name in names:
                 if name not in listed:
                     (self.folder / name).unlink(missing_ok=True)
-
-    def _write(
-        self,
-        time: int,
-        average: NewAverage,
-        source: Source,
-        beside: Sequence[SnapshotRecord],
-    ) -> SnapshotRecord:
-        codec = check_codec(average.dtype)
-        if is_delta(codec) and isinstance(average.profile, PointProfile):
-            average = replace(average, dtype=RAW_DTYPE)
-        earlier = sorted([*self.records, *beside], key=order_of)
-        keep = self._kept_path(file_name(time, average.profile)) if is_delta(codec) else None
-        if isinstance(average.profile, PointProfile):
-            keep = None
-        return self._write_file(earlier, time, average, source, 0, keep)[0]
-
-    def _write_file(
-        self,
-        earlier: Sequence[SnapshotRecord],
-        time: int,
-        average: NewAverage,
-        source: Source,
-        revision: int,
-        keep: Path | None = None,
-    ) -> tuple[SnapshotRecord, float]:
-        """Write a file, as a difference to `earlier` ones if its codec is one; see `write_snapshot`."""
-        codec = average.dtype
-        bases = (
-            choose_bases(earlier, time, average.profile, LONGEST_CHAIN) if is_delta(codec) else []
-        )
-        draft = SnapshotMetadata(
-            run_id=self.run_id,
-            clock=self.clock,
-            time=time,
-            profile=average.profile,
-            dtype=_width(codec, time, bases),
-            table=self.table,
-            widened=(),
-            checksums={},
-            user=self.metadata,
-            bases=tuple((base.time, base.profile, x) for base, x in bases),
-            noise=average.noise,
-        )
-        path = self.folder / file_name(time, average.profile, revision)
-        if not bases:
-            return write_snapshot(path, draft, source, None, keep)
-        try:
-            with self._base_reader(earlier, bases) as reader:
-                record, added = write_snapshot(path, draft, source, reader, keep)
-            return replace(record, bases=tuple((base.file, x) for base, x in bases)), added
-        except KeyFrameNeededError as error:
-            if str(error):
-                warnings.warn(
-                    f"{error} The average of time {time} is stored by itself, not as a difference.",
-                    PhemaWarning,
-                    stacklevel=2,
-                )
-            return self._write_file((), time, average, source, revision, keep)
-
-    def _base_reader(
-        self,
-        earlier: Sequence[SnapshotRecord],
-        bases: Sequence[tuple[SnapshotRecord, float]],
-    ) -> AverageReader:
-        try:
-            return self._reader(earlier, bases, use_kept=True)
-        except SnapshotError as error:
-            raise KeyFrameNeededError(str(error)) from error
 
     def remove(self, records: Iterable[SnapshotRecord]) -> None:
         """Take averages out of the store; what is stored as a difference to them is written anew.
@@ -660,31 +480,19 @@ class SnapshotStore:
                 if record.file in gone:
                     continue
                 if any(base in gone for base, _ in record.bases):
-                    new, added_here = self._rewrite(by_file, kept, record)
+                    new, added_here = self._files.rewrite(self.records, kept, record)
                     renamed[record.file], added[new.file] = new.file, added_here
                     kept.append(new)
                 else:
                     bases = tuple((renamed.get(base, base), x) for base, x in record.bases)
                     kept.append(replace(record, bases=bases))
-            self._commit(_with_noise(kept, added))
+            self._commit(with_noise(kept, added))
         except BaseException:
             self._undo(added)
             raise
         listed = {record.file for record in self.records}
         for name in by_file.keys() - listed:
             (self.folder / name).unlink(missing_ok=True)
-
-    def _rewrite(
-        self,
-        by_file: Mapping[str, SnapshotRecord],
-        earlier: Sequence[SnapshotRecord],
-        record: SnapshotRecord,
-    ) -> tuple[SnapshotRecord, float]:
-        """Write a difference anew, to bases that stay (or by itself)."""
-        average = NewAverage(record.profile, record.dtype, _no_read, record.noise or 0.0)
-        revision = (revision_of(record) or 0) + 1
-        with self._reader(list(by_file.values()), [(record, 1.0)], use_kept=False) as source:
-            return self._write_file(earlier, record.time, average, source, revision)
 
     def drop(self, records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
         """Take damaged averages out of the store, and those that are stored as differences to them.
@@ -759,40 +567,6 @@ def _check_time(time: int, averages: Sequence[NewAverage]) -> int:
                 f"the average {average.profile} does not end at time {time}. Store it under its own."
             )
     return time
-
-
-def _width(codec: str, time: int, bases: Sequence[tuple[SnapshotRecord, float]]) -> str:
-    """Codec of a file of a store of `codec`."""
-    if not is_delta(codec):
-        return codec
-    if not bases:
-        return KEY_FRAME
-    if all(base.time == time for base, _ in bases):
-        return "delta-float16"  # beside a key frame: nothing earlier predicts it, much is left to store
-    first, others = DELTA_WIDTHS[codec]
-    return others if any(base.time == time for base, _ in bases) else first
-
-
-def _with_noise(
-    records: Sequence[SnapshotRecord], added: Mapping[str, float]
-) -> list[SnapshotRecord]:
-    """Add to what stands on files that were written anew the error that this has moved it by."""
-    if not added:
-        return list(records)
-    by_file = {record.file: record for record in records}
-    moved = []
-    for record in records:
-        if record.file not in added and record.noise is not None and record.bases:
-            shift = sum(
-                x * x * added[name] for name, x in parts(by_file, record).items() if name in added
-            )
-            record = replace(record, noise=record.noise + shift)
-        moved.append(record)
-    return moved
-
-
-def _no_read(name: str) -> AnyArray:
-    raise AssertionError(name)  # the values come from a reader
 
 
 def _lock(folder: Path) -> filelock.BaseFileLock:

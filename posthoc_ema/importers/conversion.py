@@ -26,7 +26,8 @@ from posthoc_ema.importers.lora_files import plan_lora
 from posthoc_ema.importers.plans import Contents, ImportOptions, ImportPlan
 from posthoc_ema.importers.tensors import LazyTensor
 from posthoc_ema.manifest import MANIFEST
-from posthoc_ema.store import NewAverage, SnapshotStore
+from posthoc_ema.snapshot_folder import NewAverage
+from posthoc_ema.store import SnapshotStore
 from posthoc_ema.tensor_files import fsync_directory
 
 _SAMPLE = 1 << 16  # elements of a tensor that tell its rounding error

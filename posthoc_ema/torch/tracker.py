@@ -29,7 +29,8 @@ from posthoc_ema.profiles import (
 )
 from posthoc_ema.retention import keep_online
 from posthoc_ema.snapshot import CLOCKS, SnapshotRecord
-from posthoc_ema.store import NewAverage, SnapshotStore
+from posthoc_ema.snapshot_folder import NewAverage
+from posthoc_ema.store import SnapshotStore
 from posthoc_ema.torch.averaging import new_stack, update_stack, weight_columns
 from posthoc_ema.torch.parameters import live, tensor_table, to_numpy
 from posthoc_ema.torch.retaining import thin_out

@@ -16,6 +16,7 @@ from posthoc_ema.codecs import (
 )
 from posthoc_ema.planning import cheapest_plan, make_plan
 from posthoc_ema.retention import targets_of
+from posthoc_ema.snapshot_folder import LONGEST_CHAIN
 from posthoc_ema.storage_costs import (
     CODEC_FILES,
     FILE_COSTS,
@@ -24,7 +25,6 @@ from posthoc_ema.storage_costs import (
     storage_noise,
     tracker_bytes,
 )
-from posthoc_ema.store import LONGEST_CHAIN
 
 TRACKED = (0.05, 0.10)
 

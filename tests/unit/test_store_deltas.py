@@ -21,7 +21,7 @@ from posthoc_ema import (
     power_update_weight,
     synthesize,
 )
-from posthoc_ema import store as store_module
+from posthoc_ema import snapshot_folder as store_module
 from posthoc_ema.chains import dependents, parts
 from posthoc_ema.codecs import DELTA_WIDTHS, decode
 from posthoc_ema.snapshot_files import CHUNK

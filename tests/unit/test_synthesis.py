@@ -384,7 +384,8 @@ def test_infinity_is_written_as_it_is(tmp_path):
 
 
 def test_a_length_out_of_reach_is_said(store):
-    with pytest.warns(PhemaWarning, match="sigma_rel 0.001: .* below the tracked lengths .* snapshot more often"):
+    expected = r"sigma_rel 0.001: .* below the tracked lengths .* snapshot more often"
+    with pytest.warns(PhemaWarning, match=expected):
         synthesize(store, 0.001)
 
 

@@ -26,6 +26,9 @@ BASIS_ERROR = 2.0**-23
 _MAGNIFIED = 10.0  # how much rounding errors of the basis may grow in the targets made of it
 _BASIS_FROM = 8  # targets from which looking for a basis pays
 _CHUNK = 1 << 18  # elements that NumPy widens at once: 1 MiB of float32
+# Products below this size OpenBLAS leaves to the thread that asks. Its own threads, asked by several at
+# once, wait for each other: 31 targets took more than twice as long.
+_ALONE = 1 << 18
 
 
 class Arithmetic(Protocol):
@@ -91,15 +94,17 @@ class NumpyArithmetic:
         step = max(_CHUNK // rows, 256)
         self._widened = _at_least(self._widened, rows, step)
         self._product = _at_least(self._product, len(sums), step)
+        width = step if len(sums) == 1 else max(_ALONE // (len(sums) * rows), 64)
         for begin in range(0, length, step):
             part = stack[:, begin : begin + step]
-            width = part.shape[1]
-            values = decode(part, dtype, self._widened[:rows, :width])
-            total = sums[:, begin : begin + width]
-            if first:
-                np.matmul(weights, values, out=total)
-            else:
-                total += np.matmul(weights, values, out=self._product[: len(sums), :width])
+            values = decode(part, dtype, self._widened[:rows, : part.shape[1]])
+            total = sums[:, begin : begin + part.shape[1]]
+            for i in range(0, part.shape[1], width):
+                some = total[:, i : i + width]
+                product = some if first else self._product[: len(sums), : some.shape[1]]
+                np.matmul(weights, values[:, i : i + width], out=product)
+                if not first:
+                    some += product
 
     def derive(self, sums: Float32Array, weights: Float32Array, out: Float32Array) -> None:
         """Set out = weights @ sums, see `Arithmetic.derive`."""

@@ -13,6 +13,7 @@ PyTorch imported; the import is timed too. Its anonymous memory is sampled every
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -183,6 +184,12 @@ FLOORS = {
         for size in (1 << 20, 16 << 20)
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """No traceback after five minutes: these take longer."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.timeout(3600)

@@ -220,12 +220,6 @@ class _Relay:
 
     def run(self) -> Iterator[Block]:
         """The blocks, in order; ends the threads when it is left."""
-        sums = max((len(task.weights) for task in self._tasks), default=0)
-        most = max((task.num_targets for task in self._tasks), default=0)
-        owner = self._make()
-        for _ in range(len(self._shares) + _SLOTS_AHEAD):
-            out = np.empty((most, self._width), dtype=np.float32)
-            self._queues[0].put(_Slot(owner.sums(sums, self._width), out))
         threads = [
             threading.Thread(target=self._work, args=(i,), name=f"phema-sum-{i}", daemon=True)
             for i in range(len(self._shares))
@@ -245,6 +239,14 @@ class _Relay:
             for thread in threads:
                 thread.join()
 
+    def _slots(self, arithmetic: Arithmetic) -> Iterator[_Slot]:
+        """Memory for all tiles under way."""
+        sums = max((len(task.weights) for task in self._tasks), default=0)
+        most = max((task.num_targets for task in self._tasks), default=0)
+        for _ in range(len(self._shares) + _SLOTS_AHEAD):
+            out = np.empty((most, self._width), dtype=np.float32)
+            yield _Slot(arithmetic.sums(sums, self._width), out)
+
     def _work(self, number: int) -> None:
         """Add one share of the inputs to each tile that comes, and hand it on."""
         inbox, outbox = self._queues[number], self._queues[number + 1]
@@ -252,6 +254,9 @@ class _Relay:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # inf and nan of the inputs
                 arithmetic = self._make()
+                if number == 0:  # not the caller's thread: `make` changes settings of its thread
+                    for slot in self._slots(arithmetic):
+                        inbox.put(slot)
                 for task in self._tasks:
                     share = _Share(self._readers, task, self._shares[number], arithmetic)
                     for tile in _tiles(task.sizes, self._width, self._unit):

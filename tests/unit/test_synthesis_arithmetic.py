@@ -349,7 +349,8 @@ def test_the_callers_torch_settings_stay(tmp_path):
     torch.set_num_threads(threads + 1)
     torch.set_float32_matmul_precision("high")
     try:
-        collect(sources, [Group(sizes(), np.ones((1, len(sources))))], device="cpu")
+        for _ in combine(sources, [Group(sizes(), np.ones((1, len(sources))))], device="cpu"):
+            assert torch.get_num_threads() == threads + 1
         assert torch.get_num_threads() == threads + 1
         assert torch.get_float32_matmul_precision() == "high"
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from phema.options import parse_sigma_rels
@@ -107,3 +108,34 @@ def _number(text: str, item: str) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"--profile {text!r}: {item!r} is not a number.")
     return value
+
+
+def parse_part(text: str | None, num_files: int) -> tuple[int, int]:
+    """Parse `--part`: I/N with I from 1 to N, or `torchrun` for RANK and WORLD_SIZE of this process.
+
+    Returns:
+        (I - 1, N); (0, 1) without the option.
+
+    Raises:
+        ConfigError: it is malformed, torchrun did not start this process, or there is one file only.
+    """
+    if text is None:
+        return 0, 1
+    if text == "torchrun":
+        try:
+            part = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except (KeyError, ValueError):
+            raise ConfigError(
+                "--part torchrun: RANK and WORLD_SIZE are not set. Start it by `torchrun --no-python "
+                "phema synth ...`, or write --part I/N."
+            ) from None
+    else:
+        first, _, last = text.partition("/")
+        part = (int(first) - 1, int(last)) if first.isdigit() and last.isdigit() else (-1, 0)
+        if not 0 <= part[0] < part[1]:
+            raise ConfigError(f"--part {text}: write I/N with I from 1 to N, as in 1/8 to 8/8.")
+    if num_files == 1 and part[1] > 1:
+        raise ConfigError(
+            "--part divides the files of the output, and there is one only. Add --shard-size."
+        )
+    return part

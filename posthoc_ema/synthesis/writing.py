@@ -121,22 +121,30 @@ def write_outputs(
     outputs: Sequence[Output],
     *,
     resume: bool = False,
+    part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-) -> None:
+) -> bool:
     """Write all targets, a file of each at a time, in one pass over the inputs.
 
     Args:
         recipe: what is written.
         outputs: where each target goes, (num_targets).
         resume: keep files that are finished already (same inputs, same request).
+        part: (i, n): write only every n-th file from the i-th on. Other processes write the others;
+            the one that finds all of them finished writes what belongs to them. Needs `resume`.
         progress: called with (elements done, elements in all).
 
     Raises:
         SnapshotFormatError: an input is damaged.
         SnapshotWriteError: an output cannot be written. Files that were finished before stay.
         SynthesisError: a value overflows float16.
+
+    Returns:
+        Whether all files are there, those of other processes too.
     """
     assert len(outputs) == len(recipe.labels)
+    mine, total_parts = part
+    assert resume or total_parts == 1
     parts = list(zip(*(output.layout.files for output in outputs), strict=True))
     missing = [
         set(output.paths) if not resume else unfinished(recipe, i, output)
@@ -144,13 +152,14 @@ def write_outputs(
     ]
     for output, some in zip(outputs, missing, strict=True):
         if resume:
-            _remove_temporaries(output)
+            _remove_temporaries(output, output.paths[mine::total_parts])
         if some:
             _invalidate(output)
     waiting = [
         [i for i, output in enumerate(outputs) if output.paths[k] in missing[i]]
-        for k in range(len(parts))
+        for k in range(mine, len(parts), total_parts)
     ]
+    parts = parts[mine::total_parts]
     total = sum(_averaged_elements(recipe, files[0]) for files in parts)
     done = 0
     for files, targets in zip(parts, waiting, strict=True):
@@ -161,9 +170,13 @@ def write_outputs(
                     progress(done, total)
         else:
             done += _averaged_elements(recipe, files[0])
+    complete = True
     for i, output in enumerate(outputs):
-        if not output.alone:
+        if total_parts > 1 and unfinished(recipe, i, output):
+            complete = False
+        elif not output.alone:
             _write_companions(recipe, i, output)
+    return complete
 
 
 def _averaged_elements(recipe: Recipe, file: FileLayout) -> int:
@@ -171,10 +184,10 @@ def _averaged_elements(recipe: Recipe, file: FileLayout) -> int:
     return sum(int(np.prod(t.shape, dtype=np.int64)) for t in sources.values())
 
 
-def _remove_temporaries(output: Output) -> None:
-    """Remove what a killed call left half written under the names of this output."""
+def _remove_temporaries(output: Output, paths: Sequence[Path]) -> None:
+    """Remove what a killed call left half written under these names."""
     for path in output.folder.glob(".tmp-*"):
-        if is_temporary_name(path.name) and path.name[5:-9] in {p.name for p in output.paths}:
+        if is_temporary_name(path.name) and path.name[5:-9] in {p.name for p in paths}:
             path.unlink(missing_ok=True)
 
 

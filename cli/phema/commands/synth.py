@@ -12,7 +12,7 @@ import typer
 from phema.options import At, Device, Json, Norm, parse_sigma_rels
 from phema.output import note, output_folder, print_json, progress, size, table
 from phema.synth_jobs import Job, checkpoint_job, finished, make_outputs, store_job
-from phema.synth_options import parse_overrides
+from phema.synth_options import parse_overrides, parse_part
 from posthoc_ema import ConfigError
 from posthoc_ema.sweep import label
 from posthoc_ema.synthesis import Layout, Output, check_free, write_outputs
@@ -63,6 +63,14 @@ def command(
         str | None,
         typer.Option(
             metavar="SIZE", help="Split the weights into files of at most 5GB (or 500MB)."
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write the I-th of N parts of the files; other machines write the others. `torchrun` "
+            "takes I and N from there.",
         ),
     ] = None,
     dtype: Annotated[
@@ -158,6 +166,9 @@ def command(
             _only_with_checkpoints(profile=profile, times=times, key=key, copy=copy)
             job = store_job(snapshots, sigma_rels, overrides, at, include, exclude, norm, chosen)
         outputs = make_outputs(job.recipe, out, like, variant, shard_size, dtype)
+        mine = parse_part(part, len(outputs[0].paths))
+        if part is not None and overwrite:
+            raise ConfigError("--part continues what is there; remove the old output instead.")
         if not overwrite:
             check_free(job.recipe, outputs)
         there = 0 if overwrite else finished(job.recipe, outputs)
@@ -165,7 +176,11 @@ def command(
             for folder in dict.fromkeys(output.folder for output in outputs):
                 stack.enter_context(output_folder(folder))
             with progress("synthesizing") as report:
-                write_outputs(job.recipe, outputs, resume=not overwrite, progress=report)
+                complete = write_outputs(
+                    job.recipe, outputs, resume=not overwrite, part=mine, progress=report
+                )
+    if not dry_run and not complete:
+        note("this part is done; files of other parts are still to come, and the index after them.")
     _print(job, outputs, there, dry_run, json)
 
 

@@ -24,22 +24,22 @@ Trajectory = npt.NDArray[np.float32]
 STEPS = 8192
 HIDDEN = 96
 BATCH = 64
-LEARNING_RATE = 1e-3
+SHAPES = {"w1": (HIDDEN, 65), "b1": (HIDDEN,), "w2": (64, HIDDEN), "b2": (64,)}
 DECAY_FROM = 512  # isqrt: constant up to here, then falling as 1 / sqrt(step) (EDM2's schedule)
 
 
-def learning_rate(schedule: Schedule, step: int) -> float:
+def learning_rate(schedule: Schedule, start: float, step: int) -> float:
     """Rate of a step, counted from 0."""
     if schedule == "constant":
-        return LEARNING_RATE
-    return LEARNING_RATE / math.sqrt(max(step / DECAY_FROM, 1.0))
+        return start
+    return start / math.sqrt(max(step / DECAY_FROM, 1.0))
 
 
-def train(schedule: Schedule, steps: int = STEPS, seed: int = 0) -> Trajectory:
+def train(schedule: Schedule, rate: float, seed: int, steps: int = STEPS) -> Trajectory:
     """Weights after every step, float32, shape (steps, num_weights)."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(load_digits().data.astype(np.float32)) / 8 - 1
-    shapes = [(HIDDEN, 65), (HIDDEN,), (64, HIDDEN), (64,)]
+    shapes = list(SHAPES.values())
     sizes = [math.prod(shape) for shape in shapes]
     flat = torch.cat(
         [
@@ -49,7 +49,7 @@ def train(schedule: Schedule, steps: int = STEPS, seed: int = 0) -> Trajectory:
             for size, shape in zip(sizes, shapes, strict=True)
         ]
     ).requires_grad_()
-    optimizer = torch.optim.Adam([flat], lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam([flat], lr=rate)
     kept = np.empty((steps, sum(sizes)), dtype=np.float32)
     for step in range(steps):
         clean = images[torch.randint(len(images), (BATCH,), generator=generator)]
@@ -61,7 +61,7 @@ def train(schedule: Schedule, steps: int = STEPS, seed: int = 0) -> Trajectory:
         loss = ((hidden @ w2.T + b2 - clean) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(schedule, rate, step)
         optimizer.step()
         kept[step] = flat.detach().numpy()
     return kept

@@ -161,7 +161,7 @@ def basis(
     """Few targets of which all others are combinations, to the rounding of float32.
 
     Targets of a dense range of lengths are nearly linearly dependent: 31 of them over 128 snapshots have
-    rank 17. Summing only a basis, chosen by QR with pivoting, saves the rest of the work.
+    rank 18. Summing only a basis, chosen by QR with pivoting, saves the rest of the work.
 
     Args:
         weights: coefficient of each input in each target, (num_targets, num_sources).

@@ -154,8 +154,9 @@ def test_verify_lists_the_damaged_file_and_goes_on(phema, unchanged, snapshots, 
     with unchanged():
         done = phema("verify", "snapshots")
     assert done.code == 1
-    lines = done.err.splitlines()
+    *lines, left = done.err.splitlines()
     assert [line.partition(":")[0] for line in lines] == [FILE, f"snapshots/{other.name}"]
+    assert "can be combined: `phema verify --drop`" in left
     assert "2 problems" in done.out
 
 
@@ -185,7 +186,7 @@ def test_a_manifest_of_a_newer_schema(phema, unchanged, snapshots, tmp_path, com
     edit_manifest(tmp_path, lambda value: value.update(schema=99))
     with unchanged():
         phema(*on(command, "snapshots")).refused(
-            "snapshots/manifest.json: has schema 99, this version reads up to 1.",
+            "snapshots/manifest.json: has schema 99, this version reads up to 2.",
             "pip install --upgrade posthoc-ema",
         )
 

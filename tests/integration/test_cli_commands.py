@@ -263,7 +263,7 @@ def picture(path):
 def test_plot_draws_the_profiles_of_a_store(phema, snapshots):
     assert phema("plot", "snapshots", "--out", "new/p.png").succeeded() == "new/p.png\n"
     size, ink = picture("new/p.png")
-    assert size == (1152, 1216)
+    assert size == (1152, 1632)
     assert 0.01 < ink < 0.3
     phema("plot", "snapshots", "--sigma-rel", "0.1", "--at", 20, "--out", "new/q.png").succeeded()
     assert Path("new/q.png").read_bytes() != Path("new/p.png").read_bytes()

@@ -293,7 +293,7 @@ from posthoc_ema.torch import track
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-tracker = track(optimizer, model, "snapshots", every=10)
+tracker = track(optimizer, model, "snapshots", every=10, dtype="float16")
 for step in range(1, 61):
     if step == 25:  # the disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

@@ -85,7 +85,10 @@ def test_the_commands_of_the_readme_work_on_a_store(phema, snapshots, monkeypatc
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
     (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "phema synth" in b)
     lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
-    assert [words[0] for words in lines] == ["ls", "synth", "sweep", "plot", "verify"]
+    made = "plan ls synth synth sweep plot prune verify".split()
+    assert [words[0] for words in lines] == made
+    phema("synth", snapshots, "--sigma-rel", "raw", "--out", "my-model/model.safetensors").succeeded()
+    Path("my-model/config.json").write_text("{}")
     for words in lines:
         done = phema(*words, *(["--no-raw"] if words[0] == "sweep" else []))
         assert done.code == 0, done

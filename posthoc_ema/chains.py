@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from posthoc_ema.errors import SnapshotFormatError
 from posthoc_ema.fitting import fit
 from posthoc_ema.profiles import FloatArray, PointProfile, PowerProfile
 from posthoc_ema.snapshot import SnapshotRecord, StoredProfile, kind_of
@@ -54,16 +55,26 @@ def file_coefficients(
     Returns:
         The files that are read, in the order of `records`, (num_files), and their coefficients,
         (num_files, num_targets).
+
+    Raises:
+        SnapshotFormatError: they are not finite, as happens if a manifest is damaged.
     """
     total: dict[str, FloatArray] = {}
     for record, x in zip(used, coefficients, strict=True):
         total[record.file] = total.get(record.file, 0.0) + x
-    for record in reversed(records):
-        if record.file in total:
-            for base, x in record.bases:
-                total[base] = total.get(base, 0.0) + x * total[record.file]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for record in reversed(records):
+            if record.file in total:
+                for base, x in record.bases:
+                    total[base] = total.get(base, 0.0) + x * total[record.file]
     files = [record for record in records if record.file in total]
     stacked = np.array([total[r.file] for r in files]).reshape(len(files), coefficients.shape[1])
+    if not np.isfinite(stacked).all():
+        name = files[int(np.argmin(np.isfinite(stacked).all(axis=1)))].file
+        raise SnapshotFormatError(
+            f"the coefficients that the manifest lists for bases add up to no number for {name}: the "
+            "manifest is damaged. `phema verify --rebuild` makes it anew from the files."
+        )
     return files, stacked
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from posthoc_ema.snapshot import (
     SnapshotRecord,
     TensorEntry,
     TensorTable,
+    described_bases,
     is_snapshot_file_name,
     kind_of,
     order_of,
-    profile_from_json,
     revision_of,
 )
-from posthoc_ema.tensor_files import Header, no_duplicates, read_header
+from posthoc_ema.tensor_files import Header, brief, open_regular, read_header, strict_json
 
 MANIFEST = "manifest.json"
+MAX_BYTES = 100_000_000
+"""Largest manifest that is read: some hundred thousand averages."""
 _FORMAT = "posthoc-ema snapshot store"
 
 
@@ -78,7 +80,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(MAX_BYTES) if size <= MAX_BYTES else b""
     except (FileNotFoundError, NotADirectoryError):
         kind = f"is not a folder of snapshots: it has no {MANIFEST}"
         if not folder.exists():
@@ -92,22 +96,23 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise SnapshotFormatError(f"{path}: cannot be read: {error.strerror}.") from error
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, more than the {MAX_BYTES} that are read")
+        value = strict_json(raw)
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ValueError("it does not say that it is a snapshot store")
         schema = value.get("schema")
         if type(schema) is not int:
-            raise ValueError(f"the schema {schema!r} is not a number")
+            raise ValueError(f"the schema {brief(schema)} is not a number")
         if schema > SCHEMA:
             raise SnapshotFormatError(
-                f"{path}: has schema {schema}, this version reads up to {SCHEMA}. "
+                f"{path}: has schema {brief(schema)}, this version reads up to {SCHEMA}. "
                 "Upgrade: pip install --upgrade posthoc-ema."
             )
         return _parse_manifest(value)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    except ValueError as error:
         raise SnapshotFormatError(
-            f"{path}: cannot be used: {reason}. The snapshots beside it are untouched: "
+            f"{path}: cannot be used: {error}. The snapshots beside it are untouched: "
             "`phema verify --rebuild` makes the manifest anew from them."
         ) from None
 
@@ -117,13 +122,15 @@ def _parse_manifest(value: dict[str, Any]) -> Manifest:
     if not isinstance(run_id, str) or not run_id:
         raise ValueError("it has no run id")
     if clock not in CLOCKS:
-        raise ValueError(f"the clock {clock!r} is not one of {', '.join(CLOCKS)}")
+        raise ValueError(f"the clock {brief(clock)} is not one of {', '.join(CLOCKS)}")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not a map of strings")
+    if "format" in metadata or METADATA_KEY in metadata:
+        raise ValueError(f"its metadata may not use the keys 'format' and {METADATA_KEY!r}")
     rows = value.get("snapshots")
     if not isinstance(rows, list):
         raise ValueError("it lists no snapshots")
-    records = tuple(SnapshotRecord.from_json(row) for row in rows)
+    records = tuple(sorted((SnapshotRecord.from_json(row) for row in rows), key=order_of))
     if len({record.file for record in records}) != len(records):
         raise ValueError("a file stands in it twice")
     for record in records:
@@ -136,12 +143,12 @@ def _parse_manifest(value: dict[str, Any]) -> Manifest:
 
 
 def _check_bases(records: tuple[SnapshotRecord, ...]) -> None:
-    """Every base is listed, and before what stands on it: so there are no circles."""
+    """Every base is listed, and comes before what stands on it: so there are no circles."""
     before: set[str] = set()
     for record in records:
         for base, _ in record.bases:
             if base not in before:
-                raise ValueError(f"{record.file}: its base {base!r} is not listed before it")
+                raise ValueError(f"{record.file}: its base {brief(base)} is not listed before it")
         before.add(record.file)
 
 
@@ -157,20 +164,20 @@ def own_description(path: Path, header: Header) -> dict[str, Any]:
             "stored, or take it out of the store: `phema verify --drop`."
         )
     try:
-        own = json.loads(header.metadata[METADATA_KEY])
+        own: Any = strict_json(header.metadata[METADATA_KEY])
         if not isinstance(own, dict) or type(own.get("schema")) is not int:
             raise ValueError
-    except (ValueError, RecursionError):
+    except ValueError:
         raise SnapshotFormatError(
             f"{path}: its own description is damaged. Restore it from a copy, or take it out of the "
             "store: `phema verify --drop`."
         ) from None
     if own["schema"] > SCHEMA:
         raise SnapshotFormatError(
-            f"{path}: has schema {own['schema']}, this version reads up to {SCHEMA}. "
+            f"{path}: has schema {brief(own['schema'])}, this version reads up to {SCHEMA}. "
             "Upgrade: pip install --upgrade posthoc-ema."
         )
-    return own
+    return dict(own)
 
 
 def rebuild_manifest(folder: Path) -> Manifest:
@@ -203,24 +210,21 @@ def rebuild_manifest(folder: Path) -> Manifest:
                 f"{path.name} and {first.name} are not of one run. Move the files of the other run "
                 "elsewhere first."
             )
-    records = _with_bases([(record, own.get("bases", [])) for *_, own, record in found])
+    records = _with_bases([(record, own) for *_, own, record in found])
     return Manifest(manifest.run_id, manifest.clock, manifest.table, manifest.metadata, records)
 
 
-def _with_bases(found: list[tuple[SnapshotRecord, Any]]) -> tuple[SnapshotRecord, ...]:
+def _with_bases(found: list[tuple[SnapshotRecord, dict[str, Any]]]) -> tuple[SnapshotRecord, ...]:
     """Records with the files of their bases filled in; those whose bases are lost are left out.
 
     Of several revisions of one average, left by a crash, the newest counts.
     """
-    newest: dict[tuple[int, str], tuple[SnapshotRecord, Any]] = {}
-    for record, bases in sorted(found, key=lambda pair: revision_of(pair[0]) or 0):
-        newest[record.time, kind_of(record.profile)] = (record, bases)
+    newest: dict[tuple[int, str], tuple[SnapshotRecord, dict[str, Any]]] = {}
+    for record, own in sorted(found, key=lambda pair: revision_of(pair[0]) or 0):
+        newest[record.time, kind_of(record.profile)] = (record, own)
     kept: dict[tuple[int, str], SnapshotRecord] = {}
-    for key, (record, bases) in sorted(newest.items(), key=lambda item: order_of(item[1][0])):
-        try:
-            named = [((t, kind_of(profile_from_json(p, t))), float(x)) for t, p, x in bases]
-        except (ValueError, TypeError):
-            continue
+    for key, (record, own) in sorted(newest.items(), key=lambda item: order_of(item[1][0])):
+        named = [((time, kind_of(profile)), x) for time, profile, x in described_bases(own)]
         if all(base in kept for base, _ in named):
             kept[key] = replace(record, bases=tuple((kept[base].file, x) for base, x in named))
     return tuple(kept.values())
@@ -228,8 +232,8 @@ def _with_bases(found: list[tuple[SnapshotRecord, Any]]) -> tuple[SnapshotRecord
 
 def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecord:
     noise = own.get("noise")
-    if not isinstance(noise, str | None) or not isinstance(own.get("bases", []), list):
-        raise ValueError("its noise or its bases are malformed")
+    if not isinstance(noise, str | None):
+        raise ValueError("its noise is malformed")
     row = {
         "file": path.name,
         "time": own.get("time"),
@@ -238,7 +242,7 @@ def _record_of(path: Path, header: Header, own: dict[str, Any]) -> SnapshotRecor
         "bytes": header.file_bytes,
         "header_xxh3": header.checksum,
         # Which files the bases are, is known when all are read.
-        "bases": [["", 1.0]] if own.get("bases") else [],
+        "bases": [["", 1.0]] if described_bases(own) else [],
         "noise": None if noise is None else float(noise),
     }
     record = SnapshotRecord.from_json(row)
@@ -267,7 +271,9 @@ def _manifest_of(path: Path, header: Header, own: dict[str, Any]) -> Manifest:
         scales = {n + SCALES for n in dtypes if header.tensors[n].dtype == "int8"}
         if {*entries, *scales} != set(header.tensors) or own["clock"] not in CLOCKS:
             raise ValueError
-        return Manifest(str(own["run_id"]), own["clock"], table, user, ())
+        if not isinstance(own["run_id"], str) or not own["run_id"]:
+            raise ValueError
+        return Manifest(own["run_id"], own["clock"], table, user, ())
     except (KeyError, TypeError, ValueError):
         raise SnapshotFormatError(
             f"{path}: its description of the store is damaged. Move it elsewhere to rebuild from the "

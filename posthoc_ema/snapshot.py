@@ -25,15 +25,18 @@ from posthoc_ema.codecs import (
 )
 from posthoc_ema.errors import InvalidProfileError
 from posthoc_ema.profiles import GammaProfile, PointProfile, PowerProfile
-from posthoc_ema.tensor_files import checksum, data_order
+from posthoc_ema.tensor_files import brief, checksum, data_order, fits_memory
 
 SCHEMA = 2
 METADATA_KEY = "posthoc_ema"
 CLOCKS = ("steps", "images")
 _FILE_NAME = re.compile(
-    r"\d{12,}-(raw|(sigma_rel|gamma|uniform|exponential|tabulated)-[0-9a-z.+-]+)(-v\d{1,9})?\.safetensors"
+    r"[0-9]{12,}-(raw|(sigma_rel|gamma|uniform|exponential|tabulated)-[0-9a-z.+-]+)(-v[0-9]{1,9})?\.safetensors"
 )
-_REVISION = re.compile(r"-v(\d+)\.safetensors$")
+_REVISION = re.compile(r"-v([0-9]+)(?=\.safetensors$)")
+MAX_COEFFICIENT = 1e6
+"""Coefficients of bases that a reader takes for undamaged. What is written stays below 32000: the noise of
+1e-9 t in the fit that predicts an average keeps their squares below 1e9 (`chains`)."""
 
 StoredProfile = (
     PowerProfile
@@ -95,18 +98,32 @@ class TensorTable:
         for name, row in _table(value, "tensors").items():
             shape: Any = row.get("shape")
             dtype, kind = row.get("dtype"), row.get("kind")
-            good_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-            if not good_shape or dtype not in DTYPE_CODES or kind not in ("average", "copy"):
-                raise ValueError(f"the row of tensor {name!r} is malformed")
+            good_shape = isinstance(shape, list) and all(type(n) is int for n in shape)
+            if not isinstance(dtype, str) or dtype not in DTYPE_CODES:
+                raise ValueError(f"tensor {brief(name)} has no dtype that is known")
+            if not good_shape or kind not in ("average", "copy"):
+                raise ValueError(f"the row of tensor {brief(name)} is malformed")
+            if not fits_memory(shape, 8):
+                raise ValueError(
+                    f"the row of tensor {brief(name)} is malformed: its shape cannot be"
+                )
             if kind == "average" and dtype not in FLOATING:
-                raise ValueError(f"tensor {name!r} of dtype {dtype} cannot be an average")
+                raise ValueError(f"tensor {brief(name)} of dtype {dtype} cannot be an average")
             entries[name] = TensorEntry(name, tuple(shape), dtype, kind == "average")
         aliases = value.get("aliases", {})
         if not isinstance(aliases, dict) or any(
             not isinstance(v, str) or v not in entries or k in entries for k, v in aliases.items()
         ):
             raise ValueError("its aliases do not name tensors of the table")
-        return TensorTable(entries, dict(aliases))
+        table = TensorTable(entries, dict(aliases))
+        table.check_names()
+        return table
+
+    def check_names(self) -> None:
+        """Raise ValueError if a name means something else in a snapshot file."""
+        for name in self.entries:
+            if name == "__metadata__" or name.removesuffix(SCALES) in self.entries.keys() - {name}:
+                raise ValueError(f"the tensor name {brief(name)} is taken: rename that tensor")
 
 
 def _table(value: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
@@ -167,20 +184,20 @@ class SnapshotRecord:
         file, time = value.get("file"), value.get("time")
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise ValueError(
-                f"the file name {file!r} is not one that a store uses (no folders, no other files)"
+                f"the file name {brief(file)} is not one that a store uses (no folders, no other files)"
             )
         if type(time) is not int or not 0 < time < 2**63:
-            raise ValueError(f"{file}: the time {time!r} is not a positive integer")
+            raise ValueError(f"{file}: the time {brief(time)} is not a positive integer")
         dtype, size, digest = value.get("dtype"), value.get("bytes"), value.get("header_xxh3")
         if dtype not in FILE_CODECS:
-            raise ValueError(f"{file}: the dtype {dtype!r} is not one that averages are stored in")
+            raise ValueError(
+                f"{file}: the dtype {brief(dtype)} is not one that averages are stored in"
+            )
         bases, noise = _pairs(value.get("bases", []), str), value.get("noise")
         if bases is None or is_delta(dtype) != bool(bases):
             raise ValueError(f"{file}: its bases do not fit its dtype {dtype}")
-        if noise is not None and not (
-            isinstance(noise, int | float) and not isinstance(noise, bool) and 0 <= noise < math.inf
-        ):
-            raise ValueError(f"{file}: its noise {noise!r} is not a variance")
+        if noise is not None and not (type(noise) in (int, float) and 0 <= noise < 2**1000):
+            raise ValueError(f"{file}: its noise {brief(noise)} is not a variance")
         if type(size) is not int or size < 0 or not isinstance(digest, str):
             raise ValueError(f"{file}: its size or checksum is malformed")
         profile = profile_from_json(value.get("profile"), time)
@@ -196,7 +213,7 @@ def _pairs(value: Any, kind: type) -> tuple[tuple[Any, float], ...] | None:
         and len(pair) == 2
         and type(pair[0]) is kind
         and type(pair[1]) in (int, float)
-        and math.isfinite(pair[1])
+        and -MAX_COEFFICIENT <= pair[1] <= MAX_COEFFICIENT  # nan is not
         for pair in value
     )
     return tuple((key, float(x)) for key, x in value) if good else None
@@ -256,14 +273,17 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
     def number(key: str) -> float:
         found = value.get(key)
         if not isinstance(found, int | float) or isinstance(found, bool):
-            raise ValueError(f"{key} {found!r} is not a number")
+            raise ValueError(f"{key} {brief(found)} is not a number")
         return float(found)
 
     def numbers(key: str) -> tuple[float, ...]:
         found = value.get(key)
         if not isinstance(found, list) or not all(type(v) in (int, float) for v in found):
             raise ValueError(f"{key} is not a list of numbers")
-        return tuple(float(v) for v in found)
+        values = tuple(float(v) for v in found)
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{key} holds an infinite number")
+        return values
 
     try:
         match kind:
@@ -278,7 +298,7 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
             case "exponential":
                 warmup = value.get("warmup")
                 if not isinstance(warmup, bool):
-                    raise ValueError(f"warmup {warmup!r} is not true or false")
+                    raise ValueError(f"warmup {brief(warmup)} is not true or false")
                 return ExponentialProfile(time, number("half_life"), number("interval"), warmup)
             case "tabulated":
                 profile = TabulatedProfile(numbers("times"), numbers("tails"))
@@ -287,7 +307,7 @@ def profile_from_json(value: Any, time: int) -> StoredProfile:
                 return profile
     except (InvalidProfileError, OverflowError) as error:
         raise ValueError(str(error)) from None
-    raise ValueError(f"the profile {value!r} is not of a kind that this version knows")
+    raise ValueError(f"the profile {brief(value)} is not of a kind that this version knows")
 
 
 def label_of(profile: StoredProfile) -> str:
@@ -325,9 +345,31 @@ def revision_of(record: SnapshotRecord) -> int | None:
     return revision if record.file == file_name(record.time, record.profile, revision) else None
 
 
+def unrevised(file: str) -> str:
+    """The name of a file without its revision: which average it holds."""
+    return _REVISION.sub("", file)
+
+
 def is_snapshot_file_name(name: str) -> bool:
     """Whether a store could have written a file of this name."""
     return _FILE_NAME.fullmatch(name) is not None
+
+
+def described_bases(own: Mapping[str, Any]) -> tuple[tuple[int, StoredProfile, float], ...]:
+    """Bases of an average, as its file describes them; raises ValueError if they are malformed."""
+    found = own.get("bases", [])
+    if not isinstance(found, list):
+        raise ValueError("its bases are malformed")
+    bases = []
+    for row in found:
+        good = (
+            isinstance(row, list) and len(row) == 3 and type(row[0]) is int and 0 < row[0] < 2**63
+        )
+        pairs = _pairs([["", row[2]]], str) if good else None
+        if pairs is None:
+            raise ValueError("its bases are malformed")
+        bases.append((row[0], profile_from_json(row[1], row[0]), pairs[0][1]))
+    return tuple(bases)
 
 
 def noise_text(noise: float) -> str:

@@ -15,7 +15,9 @@ import json
 import math
 import os
 import re
+import reprlib
 import secrets
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from posthoc_ema.codecs import DTYPE_CODES, DTYPE_NAMES, AnyArray, storage_dtype
 from posthoc_ema.errors import SnapshotFormatError, SnapshotWriteError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+MAX_DIMENSIONS = 64  # NumPy's limit
 _TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{8}")
 
 
@@ -90,12 +93,74 @@ def byte_view(values: AnyArray) -> memoryview:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 120
+
+
+def brief(value: object) -> str:
+    """A value of a file for a message: its repr, shortened, however large or deep it is."""
+    return _BRIEF.repr(value)
+
+
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of JSON readers: a key that stands twice is an error, not the last one."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
     return result
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON of a file that may be damaged or hostile.
+
+    Stricter than `json.loads`: no key may stand twice, and NaN, Infinity and half surrogate pairs,
+    which cannot be written again, are refused.
+
+    Raises:
+        ValueError: it is malformed; the message says how.
+    """
+    text = text.decode() if isinstance(text, bytes) else text
+    try:
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is no text") from None
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def fits_memory(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether an array of this shape can exist: NumPy and safetensors count its bytes in 64 bits."""
+    return (
+        len(shape) <= MAX_DIMENSIONS
+        and all(0 <= n < 2**63 for n in shape)
+        and math.prod(max(n, 1) for n in shape) * itemsize < 2**63
+    )
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Descriptor of a regular file, for reading. Symbolic links are followed.
+
+    Anything else in its place (a pipe, on which opening would wait forever, a device without end, a
+    folder) is an OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL in the name
+        raise FileNotFoundError(errno.ENOENT, str(error)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def _bad(path: Path, what: str) -> SnapshotFormatError:
@@ -119,7 +184,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -135,10 +200,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             f"{path}: cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
     try:
-        # RecursionError: JSON nested thousands deep. ValueError covers bad UTF-8 and bad JSON.
-        entries = json.loads(raw.decode(), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header is not JSON ({type(error).__name__})") from None
+        entries = strict_json(raw)
+    except ValueError as error:  # bad UTF-8, too
+        raise _bad(path, f"its header is not JSON that can be used ({error})") from None
     if not isinstance(entries, dict):
         raise _bad(path, "its header is not a table")
     metadata = entries.pop("__metadata__", {})
@@ -149,7 +213,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     position = 8 + length
     for info in tensors:
         if info.start != position:
-            raise _bad(path, f"the data of tensor {info.name!r} does not follow on its neighbour's")
+            raise _bad(
+                path, f"the data of tensor {brief(info.name)} does not follow on its neighbour's"
+            )
         position = info.end
     if position != file_bytes:
         raise _bad(path, f"it has {file_bytes} bytes, its header describes {position}")
@@ -162,14 +228,16 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype_name = DTYPE_NAMES[dtype]
-        numbers = [*shape, start, end]
-        if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        itemsize = storage_dtype(dtype_name).itemsize
+        if not isinstance(shape, list) or not all(type(n) is int for n in (*shape, start, end)):
             raise ValueError
-        size = math.prod(shape) * storage_dtype(dtype_name).itemsize
+        if not (fits_memory(shape, itemsize) and 0 <= start < 2**63 and 0 <= end < 2**63):
+            raise ValueError
+        size = math.prod(shape) * itemsize
     except (KeyError, TypeError, ValueError):
-        raise _bad(path, f"the entry of tensor {name!r} is malformed") from None
+        raise _bad(path, f"the entry of tensor {brief(name)} is malformed") from None
     if end - start != size:
-        raise _bad(path, f"tensor {name!r} needs {size} bytes and has {end - start}")
+        raise _bad(path, f"tensor {brief(name)} needs {size} bytes and has {end - start}")
     return TensorInfo(name, dtype_name, tuple(shape), data_start + start, data_start + end)
 
 
@@ -188,7 +256,7 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str], header: Header | None = None) -> None:
         self.header = header or read_header(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = open_regular(path)
         except OSError as error:
             raise SnapshotFormatError(
                 f"{path}: cannot be opened: {error.strerror}. If it was removed while it was being "

@@ -127,6 +127,20 @@ def choose_bases(
     return list(zip(found, x.tolist(), strict=True))
 
 
+def rewritten_dtype(by_file: Mapping[str, SnapshotRecord], record: SnapshotRecord) -> str:
+    """Codec of a difference that is written anew because a base of it goes.
+
+    A longer average that was predicted well is little to store, and int8 does. With bases gone much more
+    is left, so it becomes float16 then: in int8 it would be most of the error of a pruned store.
+
+    Args:
+        by_file: file -> record, before anything goes.
+        record: the average.
+    """
+    predicted = any(by_file[base].time == record.time for base, _ in record.bases)
+    return "delta-float16" if predicted and record.dtype == "delta-int8" else record.dtype
+
+
 def _last(
     averages: Sequence[SnapshotRecord], time: int, profile: StoredProfile
 ) -> SnapshotRecord | None:

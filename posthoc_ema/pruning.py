@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from posthoc_ema.chains import choose_bases
+from posthoc_ema.chains import choose_bases, rewritten_dtype
 from posthoc_ema.diagnostics import Scale, predicted_errors
 from posthoc_ema.errors import ConfigError, SnapshotError, SnapshotNotFoundError
 from posthoc_ema.fitting import fit
@@ -201,7 +201,9 @@ def _folded(
         bases = [(by_file[f], x) for f, x in record.bases if f in stays]
         more = sum(x**2 * added[base.file] for base, x in bases)
         if len(bases) < len(record.bases):
-            cost = FILE_COSTS[record.dtype]
+            dtype = rewritten_dtype(by_file, record)
+            cost = FILE_COSTS[dtype]
+            size += (cost.bytes_per_weight - FILE_COSTS[record.dtype].bytes_per_weight) * elements
             bases = choose_bases(done, record.time, record.profile, LONGEST_CHAIN)
             if bases:
                 more = cost.rounding**2 * _mean_square_left(record, bases, measurement)

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from posthoc_ema.chains import choose_bases, parts
+from posthoc_ema.chains import choose_bases, parts, rewritten_dtype
 from posthoc_ema.codecs import DELTA_WIDTHS, SCALES, AnyArray, check_codec, is_delta
 from posthoc_ema.errors import (
     PhemaWarning,
@@ -26,9 +27,13 @@ from posthoc_ema.snapshot import (
     SnapshotRecord,
     StoredProfile,
     TensorTable,
+    described_bases,
     file_name,
+    kind_of,
     order_of,
+    profile_from_json,
     revision_of,
+    unrevised,
 )
 from posthoc_ema.snapshot_files import (
     CHUNK,
@@ -119,6 +124,7 @@ class SnapshotFolder:
             raise SnapshotFormatError(
                 f"{path}: differs from the file that was stored (size or header checksum). {RESTORE}"
             )
+        _check_description(path, own, record)
         digests = own.get("xxh3", "")
         names = list(header.tensors)  # in the order of their data
         if not isinstance(digests, str) or len(digests) != 16 * len(names):
@@ -277,7 +283,8 @@ class SnapshotFolder:
         Returns:
             Its new record, and the mean square error that writing it anew added.
         """
-        average = NewAverage(record.profile, record.dtype, _no_read, record.noise or 0.0)
+        dtype = rewritten_dtype({r.file: r for r in records}, record)
+        average = NewAverage(record.profile, dtype, _no_read, record.noise or 0.0)
         revision = (revision_of(record) or 0) + 1
         with self.reader(records, [(record, 1.0)]) as source:
             return self._write(earlier, record.time, average, source, revision)
@@ -291,6 +298,23 @@ class SnapshotFolder:
         for path in self.folder.glob(f"{_KEPT}*.safetensors"):
             if path.name not in needed:
                 path.unlink(missing_ok=True)
+
+
+def _check_description(path: Path, own: Mapping[str, Any], record: SnapshotRecord) -> None:
+    """The file is the one that was stored: where the manifest's row says otherwise, the row is damaged."""
+    try:
+        profile = profile_from_json(own.get("profile"), record.time)
+        described = [(file_name(time, base), x) for time, base, x in described_bases(own)]
+        same = (own.get("time"), own.get("dtype")) == (record.time, record.dtype)
+        same = same and kind_of(profile) == kind_of(record.profile)
+        same = same and described == [(unrevised(file), x) for file, x in record.bases]
+    except ValueError:
+        same = False
+    if not same:
+        raise SnapshotFormatError(
+            f"{path}: the manifest says otherwise about time, profile, dtype or bases than the file "
+            "itself: the manifest is damaged. `phema verify --rebuild` makes it anew from the files."
+        )
 
 
 def _width(codec: str, time: int, bases: Sequence[tuple[SnapshotRecord, float]]) -> str:

@@ -33,12 +33,15 @@ class Measurement:
         noise: mean square storage error of an element of each average, (num_averages).
         rms: root mean square of an element of the latest average.
         num_elements: how many elements were looked at.
+        rounding: mean square of float32's rounding error of an element: what each update of a tracker
+            adds to an average.
     """
 
     scale: Scale | None
     noise: npt.NDArray[np.float64]
     rms: float
     num_elements: int
+    rounding: float
 
     @property
     def fit_noise(self) -> npt.NDArray[np.float64]:
@@ -84,8 +87,17 @@ def measure(store: SnapshotStore, records: Sequence[SnapshotRecord]) -> Measurem
     squares = np.mean(samples**2, axis=1) if finite.any() else np.zeros(len(records))
     # Averages are tracked in float32: no storage makes them better than that.
     noise = np.array([noises[r.file] for r in records]) + squares * _FLOAT32**2
-    scale = sampled_scale([r.profile for r in records], samples, noise) if finite.any() else None
-    return Measurement(scale, noise, float(np.sqrt(squares[-1])), int(finite.sum()))
+    if not finite.any():
+        return Measurement(None, noise, 0.0, 0, 0.0)
+    scale = sampled_scale([r.profile for r in records], samples, noise)
+    ulp = np.spacing(np.abs(samples[-1]).astype(np.float32)).astype(np.float64)
+    return Measurement(
+        scale,
+        noise,
+        float(np.sqrt(squares[-1])),
+        int(finite.sum()),
+        float(np.mean(ulp**2)) / 12,
+    )
 
 
 def _runs(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:

@@ -211,7 +211,9 @@ def plan_synthesis(
             terms = np.full(len(inputs), noise or 0.0)
         result = fit([r.profile for r in inputs], [targets[i] for i in power], norm, terms)
         coefficients[:, power] = result.coefficients
-    numbers = _numbers(inputs, targets, coefficients, measurement, power, result if power else None)
+    numbers = _numbers(
+        inputs, targets, coefficients, measurement, power, result if power else None, store.clock
+    )
     if len(power) < len(wanted):
         raw = _raw_record(store, time)
         if raw not in inputs:
@@ -301,6 +303,7 @@ def _numbers(
     measurement: Measurement,
     power: Sequence[int],
     result: Fit | None,
+    clock: str,
 ) -> dict[str, FloatArray]:
     """The figures of merit of each target; those of the raw weights are exact."""
     num = len(targets)
@@ -323,7 +326,8 @@ def _numbers(
         return numbers
     some = [targets[i] for i in index]
     profiles = [r.profile for r in inputs]
-    error = predicted_errors(profiles, some, x[:, index], scale, noise)
+    missed = predicted_errors(profiles, some, x[:, index], scale, noise)
+    error = np.hypot(missed, np.sqrt(_tracking_noise(some, measurement, clock)))
     storage = noise @ x[:, index] ** 2
     end = [PointProfile(some[0].t)]
     moved = residual_norms(end, some, np.ones((1, len(some))), "random-walk", scale)
@@ -334,6 +338,20 @@ def _numbers(
     # Weights that hardly move at all are averaged well enough by anything.
     numbers["reach"][index] = error / np.hypot(moved, 1e-4 * measurement.rms)
     return numbers
+
+
+def _tracking_noise(targets: Sequence[Profile], measurement: Measurement, clock: str) -> FloatArray:
+    """Mean square error of tracking in float32, which no reconstruction can undo, (num_targets,).
+
+    Each update rounds once, and what it rounds fades with the average: of n updates with
+    beta_k = (1 - 1/k)^(gamma+1), sum over k of (k/n)^(2 gamma + 2) = n / (2 gamma + 3) are left. How
+    many updates a clock of images stands for is not known: then it is left out.
+    """
+    if clock != "steps":
+        return np.zeros(len(targets))
+    gammas = np.array([p.gamma if isinstance(p, PowerProfile) else np.inf for p in targets])
+    ends = np.array([p.t for p in targets])
+    return measurement.rounding * ends / (2 * gammas + 3)
 
 
 def out_of_reach(plan: SynthesisPlan) -> str:

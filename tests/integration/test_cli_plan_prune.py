@@ -169,8 +169,8 @@ def test_prune_predicts_errors_and_bytes_of_every_codec(long_runs, tmp_path, cod
     after = plan_synthesis(store, plan.sigma_rels.tolist()).predicted_error
     # Fewer averages measure the pace less well; most of the factor is that. (Against the true errors
     # of float32, the plan is 0.5 to 2.0 and the pruned store 1.7 to 2.4.)
-    assert np.all(after < 4 * plan.errors)
-    assert np.all(after > plan.errors / 4)
+    assert np.all(after < 5 * plan.errors)
+    assert np.all(after > plan.errors / 5)
 
 
 def test_prune_loses_much_less_than_even_thinning_in_true_error(long_runs, tmp_path):

@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            raw = file.read(MAX_BYTES) if size <= MAX_BYTES else b""
+            raw = file.read(size) if size <= MAX_BYTES else b""
     except (FileNotFoundError, NotADirectoryError):
         kind = f"is not a folder of snapshots: it has no {MANIFEST}"
         if not folder.exists():

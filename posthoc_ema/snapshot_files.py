@@ -46,11 +46,15 @@ CHUNK = 1 << 20
 RESTORE = "Restore the file from a copy, or take it out of the store: `phema verify --drop`."
 
 
+_AVERAGES = {"float32", "float16", "bfloat16", "int8"}
+"""What averages are stored in."""
+
+
 def check_tensors(path: Path, header: Header, table: TensorTable) -> None:
     """Raise unless a file holds exactly the tensors of the table, and the scales of int8 ones.
 
     Raises:
-        SnapshotMismatchError: a tensor is missing, extra or of another shape.
+        SnapshotMismatchError: a tensor is missing, extra, or of another shape or dtype.
     """
     rule = "All snapshots of a store must come from one model."
     expected: dict[str, tuple[int, ...]] = {}
@@ -63,6 +67,13 @@ def check_tensors(path: Path, header: Header, table: TensorTable) -> None:
         info = header.tensors.get(name)
         if info is None:
             raise SnapshotMismatchError(f"{path}: tensor {name!r} is missing. {rule}")
+        row = table.entries.get(name)  # None: the scales of an average
+        stored = {"bfloat16"} if row is None else _AVERAGES if row.averaged else {row.dtype}
+        if info.dtype not in stored:
+            raise SnapshotMismatchError(
+                f"{path}: tensor {name!r} is stored in {info.dtype}, not in "
+                f"{' or '.join(sorted(stored))}. {rule}"
+            )
         if info.shape != shape:
             raise SnapshotMismatchError(
                 f"{path}: tensor {name!r} has shape {info.shape}, the store says {shape}. {rule}"

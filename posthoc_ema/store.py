@@ -371,9 +371,10 @@ class SnapshotStore:
 
     def _being_written(self) -> bool:
         """Whether another process holds the folder: files then come before their rows."""
-        if self._lock is not None or not (self.folder / _LOCK).exists():
+        path = self.folder / _LOCK
+        if self._lock is not None or not path.exists() or path.is_symlink():
             return False
-        lock = filelock.FileLock(self.folder / _LOCK, thread_local=False)
+        lock = filelock.FileLock(path, thread_local=False)
         try:
             with lock.acquire(blocking=False):
                 return False
@@ -572,6 +573,8 @@ def _check_time(time: int, averages: Sequence[NewAverage]) -> int:
 def _lock(folder: Path) -> filelock.BaseFileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / _LOCK).is_symlink():  # opening it for the lock would empty a file elsewhere
+            raise SnapshotFormatError(f"{folder / _LOCK} is a symbolic link. Remove it.")
         lock = filelock.FileLock(folder / _LOCK, thread_local=False)
         # A killed writer's lock is gone with it; the wait is for one that is still winding up.
         lock.acquire(timeout=_LOCK_SECONDS)

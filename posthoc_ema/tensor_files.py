@@ -177,7 +177,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         path: the file.
 
     Returns:
-        The `Header`; every range lies inside the file, fits its shape, and none overlap.
+        The `Header`; every range lies inside the file, fits its shape, and none overlap. Unknown keys
+        of a tensor are ignored.
 
     Raises:
         SnapshotFormatError: the file is missing, cut short, or not a safetensors file.

@@ -109,6 +109,7 @@ def store_job(
         "inputs": len(plan.inputs),
         "files_read": len(plan.files),
         "bytes_read": plan.bytes_read,
+        "sampled_elements": plan.measurement.num_elements,
         "overrides": {o.pattern: o.sigma_rel for o in plan.overrides},
     }
     return Job(
@@ -118,7 +119,8 @@ def store_job(
         results,
         facts,
         f"at {plan.time} {store.clock}, from {len(plan.files)} files ({size(plan.bytes_read)}) of "
-        f"{store.folder}",
+        f"{store.folder}; error: predicted, over the norm of the weights, from a sample of "
+        f"{plan.measurement.num_elements} elements",
         out_of_reach(plan),
     )
 

@@ -1,7 +1,8 @@
 """Mutated manifests and safetensors headers: only our errors come out, nothing outside is touched.
 
 Two processes (one per reader) take a seed corpus and a real store, change bytes and JSON values at
-random, and use what is still accepted. An audit hook sees every file that is opened, listed, renamed or removed.
+random, and use what is still accepted. An audit hook sees every file that is opened, listed, renamed or
+removed.
 """
 
 from __future__ import annotations

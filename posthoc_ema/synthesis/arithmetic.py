@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from posthoc_ema.codecs import AnyArray, Float32Array, decode, decode_int8_blocks
+from posthoc_ema.codecs import AnyArray, Float32Array, decode, storage_dtype
 from posthoc_ema.errors import ConfigError
 
 MUCH = 1 << 30
@@ -25,7 +25,7 @@ BASIS_ERROR = 2.0**-23
 """Error allowed to a target that is made of others, over max |value| * sum |x|: float32's epsilon."""
 _MAGNIFIED = 10.0  # how much rounding errors of the basis may grow in the targets made of it
 _BASIS_FROM = 8  # targets from which looking for a basis pays
-_CHUNK = 1 << 18  # elements of a stack that NumPy multiplies at once: 1 MiB of float32
+_CHUNK = 1 << 18  # elements that NumPy widens at once: 1 MiB of float32
 # Products below this size OpenBLAS leaves to the thread that asks. Its own threads, asked by several at
 # once, wait for each other: 31 targets took more than twice as long.
 _ALONE = 1 << 18
@@ -34,24 +34,8 @@ _ALONE = 1 << 18
 class Arithmetic(Protocol):
     """Sums of tiles. An object serves one thread; `sums` may go from one thread's to another's."""
 
-    def buffer(self, nbytes: int) -> AnyArray:
-        """Memory for the bytes of one stored tile, uint8 of shape (nbytes,), from which `put` is fast."""
-        ...
-
-    def stack(self, rows: int, width: int) -> Any:
-        """Memory for tiles widened to float32, (rows, width), that `put` and `add` take."""
-        ...
-
-    def rows(self, stack: Any) -> list[Float32Array] | None:
-        """The rows of a stack as NumPy's, to write to; None where only `put` can."""
-        ...
-
-    def put(self, stack: Any, row: int, stored: AnyArray, dtype: str) -> None:
-        """Widen stored bits of a dtype, shape (length,), into a row of a stack."""
-        ...
-
-    def decode_int8(self, stored: AnyArray, scales: AnyArray, out: Float32Array) -> Float32Array:
-        """`codecs.decode_int8_blocks`."""
+    def stack(self, dtype: str, rows: int, width: int) -> AnyArray:
+        """Memory for stored tiles, (rows, width), that `add` takes."""
         ...
 
     def weights(self, values: Float32Array) -> Any:
@@ -62,14 +46,14 @@ class Arithmetic(Protocol):
         """Memory for sums, (rows, width)."""
         ...
 
-    def add(self, sums: Any, weights: Any, stack: Any, length: int, first: bool) -> None:
-        """Set sums = (0 if first else sums) + weights @ stack, in the first `length` columns.
+    def add(self, sums: Any, weights: Any, stack: AnyArray, dtype: str, first: bool) -> None:
+        """Set sums = (0 if first else sums) + weights @ stack.
 
         Args:
             sums: from `sums`, (num_sums, width).
-            weights: from `weights`, (num_sums, used): for the first `used` rows of the stack.
-            stack: from `stack`, (rows, width).
-            length: at most width.
+            weights: from `weights`, (num_sums, rows).
+            stack: stored bits, (rows, length), length at most width.
+            dtype: dtype name of the stored values.
             first: whether what is in `sums` counts as zero.
         """
         ...
@@ -87,27 +71,12 @@ class NumpyArithmetic:
     """Sums of tiles with NumPy."""
 
     def __init__(self) -> None:
+        self._widened = np.empty((0, 0), dtype=np.float32)
         self._product = np.empty((0, 0), dtype=np.float32)
 
-    def buffer(self, nbytes: int) -> AnyArray:
-        """Memory for the bytes of one stored tile."""
-        return np.empty(nbytes, dtype=np.uint8)
-
-    def stack(self, rows: int, width: int) -> Float32Array:
-        """Memory for tiles widened to float32, (rows, width), that `put` and `add` take."""
-        return np.empty((rows, width), dtype=np.float32)
-
-    def rows(self, stack: Float32Array) -> list[Float32Array]:
-        """The rows of a stack, to write to."""
-        return list(stack)
-
-    def put(self, stack: Float32Array, row: int, stored: AnyArray, dtype: str) -> None:
-        """Widen stored bits of a dtype, shape (length,), into a row of a stack."""
-        decode(stored, dtype, stack[row, : len(stored)])
-
-    def decode_int8(self, stored: AnyArray, scales: AnyArray, out: Float32Array) -> Float32Array:
-        """`codecs.decode_int8_blocks`."""
-        return decode_int8_blocks(stored, scales, out)
+    def stack(self, dtype: str, rows: int, width: int) -> AnyArray:
+        """Memory for stored tiles, (rows, width), that `add` takes."""
+        return np.empty((rows, width), dtype=storage_dtype(dtype))
 
     def weights(self, values: Float32Array) -> Float32Array:
         """Weights as `add` and `derive` take them."""
@@ -118,26 +87,24 @@ class NumpyArithmetic:
         return np.empty((rows, width), dtype=np.float32)
 
     def add(
-        self,
-        sums: Float32Array,
-        weights: Float32Array,
-        stack: Float32Array,
-        length: int,
-        first: bool,
+        self, sums: Float32Array, weights: Float32Array, stack: AnyArray, dtype: str, first: bool
     ) -> None:
         """Set sums = (0 if first else sums) + weights @ stack, see `Arithmetic.add`."""
-        rows = weights.shape[1]
-        values, total = stack[:rows, :length], sums[:, :length]
-        width = max(_CHUNK // rows, 256)
-        if len(sums) > 1:
-            width = min(width, max(_ALONE // (len(sums) * rows), 64))
-        self._product = _at_least(self._product, len(sums), width)
-        for begin in range(0, length, width):
-            some = total[:, begin : begin + width]
-            product = some if first else self._product[: len(sums), : some.shape[1]]
-            np.matmul(weights, values[:, begin : begin + width], out=product)
-            if not first:
-                some += product
+        rows, length = stack.shape
+        step = max(_CHUNK // rows, 256)
+        self._widened = _at_least(self._widened, rows, step)
+        self._product = _at_least(self._product, len(sums), step)
+        width = step if len(sums) == 1 else max(_ALONE // (len(sums) * rows), 64)
+        for begin in range(0, length, step):
+            part = stack[:, begin : begin + step]
+            values = decode(part, dtype, self._widened[:rows, : part.shape[1]])
+            total = sums[:, begin : begin + part.shape[1]]
+            for i in range(0, part.shape[1], width):
+                some = total[:, i : i + width]
+                product = some if first else self._product[: len(sums), : some.shape[1]]
+                np.matmul(weights, values[:, i : i + width], out=product)
+                if not first:
+                    some += product
 
     def derive(self, sums: Float32Array, weights: Float32Array, out: Float32Array) -> None:
         """Set out = weights @ sums, see `Arithmetic.derive`."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.codecs import AnyArray, Float32Array, decode, storage_dtype
+from posthoc_ema.codecs import AnyArray, Float32Array, decode
 from posthoc_ema.synthesis.arithmetic import Arithmetic, basis, choose
-from posthoc_ema.synthesis.reading import PLAIN, Piece, SnapshotReader, SnapshotSource, Source
+from posthoc_ema.synthesis.reading import Piece, SnapshotReader, SnapshotSource, Source
 from posthoc_ema.synthesis.streams import (
     READERS,
     AheadStream,
@@ -33,10 +33,9 @@ from posthoc_ema.synthesis.streams import (
     pages,
 )
 
-TILE = 1 << 18
-"""Elements that are combined at once: one input's, in float16, are 512 KiB, half of a core's own cache."""
-_GROUP = 16  # inputs whose tiles are in memory together, of each thread, at most
-_STACK = 1 << 20  # elements of the tiles that are in memory together: 4 MiB of float32
+TILE = 1 << 17
+"""Elements that are combined at once: 16 inputs of a tile in float16 are 4 MiB."""
+_GROUP = 16  # inputs whose tiles are in memory together, of each thread
 _TILE_TARGETS = 1 << 21  # elements of a tile times targets
 _SLOTS_AHEAD = 2  # tiles under way besides one for each thread
 _MAX_WORKERS = 8
@@ -259,9 +258,7 @@ class _Relay:
                     for slot in self._slots(arithmetic):
                         inbox.put(slot)
                 for task in self._tasks:
-                    share = _Share(
-                        self._readers, task, self._shares[number], arithmetic, self._width
-                    )
+                    share = _Share(self._readers, task, self._shares[number], arithmetic)
                     for tile in _tiles(task.sizes, self._width, self._unit):
                         slot = inbox.get()
                         if not isinstance(slot, _Slot):
@@ -283,12 +280,7 @@ class _Share:
     """One thread's inputs of one group."""
 
     def __init__(
-        self,
-        readers: Sequence[Any],
-        task: _Task,
-        bounds: tuple[int, int],
-        arithmetic: Arithmetic,
-        width: int,
+        self, readers: Sequence[Any], task: _Task, bounds: tuple[int, int], arithmetic: Arithmetic
     ) -> None:
         self._task, self._arithmetic = task, arithmetic
         used = np.any(task.weights != 0, axis=0)
@@ -297,11 +289,8 @@ class _Share:
             self._copies.setdefault(source, []).append(target)
         # An input that only is copied takes no part in the sums.
         self._inputs = [(j, readers[j], bool(used[j])) for j in range(*bounds)]
-        self._group = max(1, min(_GROUP, _STACK // width, len(self._inputs)))
-        self._stack = arithmetic.stack(self._group, width)
-        buffer = arithmetic.buffer(4 * width)
-        self._rows = arithmetic.rows(self._stack)
-        self._buffers = {kind: buffer.view(storage_dtype(kind)) for kind in PLAIN}
+        self._stacks: dict[str, AnyArray] = {}
+        self._rows: dict[str, list[tuple[AnyArray, AnyArray]]] = {}  # stored bits, and as bytes
         self._weights: dict[tuple[int, ...], Any] = {}
         self._matrix = arithmetic.weights(task.matrix)
         self._derived = np.empty((0, 0), dtype=np.float32)
@@ -311,37 +300,36 @@ class _Share:
         tile, sums = slot.tile, slot.sums[: len(self._task.weights)]
         length = tile[-1].position + tile[-1].stop - tile[-1].start
         gaps = length != sum(piece.stop - piece.start for piece in tile)
-        for begin in range(0, len(self._inputs), self._group):
-            mine: list[int] = []
-            for j, reader, used in self._inputs[begin : begin + self._group]:
-                # Widened at once, while the bytes are in this core's cache.
-                kind, values = self._read(reader, tile, length, gaps, len(mine))
+        for begin in range(0, len(self._inputs), _GROUP):
+            rows: dict[str, list[int]] = {}
+            for j, reader, used in self._inputs[begin : begin + _GROUP]:
+                dtype = None
+                if isinstance(reader, SnapshotReader):
+                    dtype = reader.stored_dtype(tile)
+                kind = dtype or "float32"
+                mine = rows.setdefault(kind, [])
+                stored, raw = self._row(kind, len(mine), slot)
+                if dtype is None:
+                    reader.read(tile, stored[:length])
+                else:
+                    reader.read_stored(tile, raw[: length * stored.itemsize], gaps)
                 for target in self._copies.get(j, ()):
-                    decode(values, kind, slot.out[target, :length])
+                    decode(stored[:length], kind, slot.out[target, :length])
                 if used:
-                    if kind != "float32" or self._rows is None:
-                        self._arithmetic.put(self._stack, len(mine), values, kind)
                     mine.append(j)
-            if mine:
-                weights = self._weights_of(mine)
-                self._arithmetic.add(sums, weights, self._stack, length, slot.empty)
-                slot.empty = False
+            for kind, mine in rows.items():
+                if mine:
+                    stack = self._stacks[kind][: len(mine), :length]
+                    self._arithmetic.add(sums, self._weights_of(mine), stack, kind, slot.empty)
+                    slot.empty = False
 
-    def _read(
-        self, reader: Any, tile: list[Piece], length: int, gaps: bool, row: int
-    ) -> tuple[str, AnyArray]:
-        """A tile as stored, and its dtype; float32 ones in their row of the stack if that can be."""
-        dtype = reader.stored_dtype(tile) if isinstance(reader, SnapshotReader) else None
-        kind = dtype or "float32"
-        direct = self._rows if kind == "float32" else None
-        values = (self._buffers[kind] if direct is None else direct[row])[:length]
-        if dtype is not None:
-            reader.read_stored(tile, values.view(np.uint8), gaps)
-        elif isinstance(reader, SnapshotReader):
-            reader.read(tile, values, self._arithmetic.decode_int8)
-        else:
-            reader.read(tile, values)
-        return kind, values
+    def _row(self, kind: str, row: int, slot: _Slot) -> tuple[AnyArray, AnyArray]:
+        if kind not in self._stacks:
+            count = min(_GROUP, len(self._inputs))
+            stack = self._arithmetic.stack(kind, count, slot.out.shape[1])
+            self._stacks[kind] = stack
+            self._rows[kind] = list(zip(stack, stack.view(np.uint8), strict=True))
+        return self._rows[kind][row]
 
     def _weights_of(self, inputs: list[int]) -> Any:
         key = tuple(inputs)

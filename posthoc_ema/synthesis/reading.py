@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,6 @@ from posthoc_ema.tensor_files import Header, TensorFile, TensorInfo
 
 PLAIN = ("float16", "bfloat16", "float32")
 """dtypes whose stored bits the arithmetic takes as they are."""
-DecodeInt8 = Callable[[AnyArray, AnyArray, Float32Array], Float32Array]
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,8 @@ class SnapshotReader:
                 self._stream.readinto(raw)
             self._check(self._hasher, piece, info, raw)
 
-    def read(
-        self,
-        tile: Sequence[Piece],
-        out: Float32Array,
-        decode_int8: DecodeInt8 = decode_int8_blocks,
-    ) -> None:
-        """Read a tile as float32 into `out`, shape (tile length,), int8 by `decode_int8`."""
+    def read(self, tile: Sequence[Piece], out: Float32Array) -> None:
+        """Read a tile as float32 into `out`, shape (tile length,)."""
         for piece in tile:
             info = self._tensors[piece.name]
             raw = np.empty((piece.stop - piece.start) * info.itemsize, dtype=np.uint8)
@@ -158,7 +152,7 @@ class SnapshotReader:
             values = out[piece.position : piece.position + piece.stop - piece.start]
             stored = raw.view(storage_dtype(info.dtype))
             if info.dtype == "int8":
-                decode_int8(stored, self._scales(piece, info), values)
+                decode_int8_blocks(stored, self._scales(piece, info), values)
             else:
                 decode(stored, info.dtype, values)
 

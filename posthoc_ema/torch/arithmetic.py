@@ -12,9 +12,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from posthoc_ema.codecs import BLOCK, AnyArray, Float32Array
+from posthoc_ema.codecs import AnyArray, Float32Array, storage_dtype
 from posthoc_ema.errors import ConfigError
 
+CHUNK_BYTES = 1 << 20
+"""Widened values that are in work at once on the processor: what a core's own cache holds."""
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -67,40 +69,14 @@ class TorchArithmetic:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_cpu = device.type == "cpu"
+        self._widened = torch.empty(0)
         torch.set_num_threads(1)  # of this thread: the files are what is spread over threads
 
-    def buffer(self, nbytes: int) -> AnyArray:
-        """Memory for the bytes of one stored tile, uint8 of shape (nbytes,)."""
-        pinned = self._device.type == "cuda"
-        memory: AnyArray = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
-        return memory
-
-    def stack(self, rows: int, width: int) -> torch.Tensor:
-        """Memory for tiles widened to float32, (rows, width), that `put` and `add` take."""
-        # Rows 16 elements apart, since powers of two collide in the cache.
-        stack = torch.empty((rows, width + 16), dtype=torch.float32, device=self._device)
-        return stack[:, :width]
-
-    def rows(self, stack: torch.Tensor) -> list[Float32Array] | None:
-        """The rows of a stack as NumPy's, to write to; None where they are on a device."""
-        return list(stack.numpy()) if self._on_cpu else None
-
-    def put(self, stack: torch.Tensor, row: int, stored: AnyArray, dtype: str) -> None:
-        """Widen stored bits of a dtype, shape (length,), into a row of a stack."""
-        values = _from_numpy(stored, dtype)
-        if not self._on_cpu:  # half as many bytes go over the bus when the device widens them
-            values = values.to(self._device)
-        stack[row, : len(stored)].copy_(values)
-
-    def decode_int8(self, stored: AnyArray, scales: AnyArray, out: Float32Array) -> Float32Array:
-        """`codecs.decode_int8_blocks`: the same bits, in half the time."""
-        whole, values = len(stored) // BLOCK * BLOCK, torch.from_numpy(out)
-        widened = _from_numpy(scales, "bfloat16").float()
-        values.copy_(torch.from_numpy(stored))
-        values[:whole].view(-1, BLOCK).mul_(widened[: whole // BLOCK, None])
-        if whole < len(stored):
-            values[whole:].mul_(widened[-1])
-        return out
+    def stack(self, dtype: str, rows: int, width: int) -> AnyArray:
+        """Memory for stored tiles, (rows, width), that `add` takes."""
+        nbytes = rows * width * storage_dtype(dtype).itemsize
+        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return memory.numpy().view(storage_dtype(dtype)).reshape(rows, width)
 
     def weights(self, values: Float32Array) -> torch.Tensor:
         """Weights as `add` and `derive` take them."""
@@ -111,20 +87,36 @@ class TorchArithmetic:
         return torch.empty((rows, width), dtype=torch.float32, device=self._device)
 
     def add(
-        self,
-        sums: torch.Tensor,
-        weights: torch.Tensor,
-        stack: torch.Tensor,
-        length: int,
-        first: bool,
+        self, sums: torch.Tensor, weights: torch.Tensor, stack: AnyArray, dtype: str, first: bool
     ) -> None:
         """Set sums = (0 if first else sums) + weights @ stack, see `Arithmetic.add`."""
-        values, total = stack[: weights.shape[1], :length], sums[:, :length]
+        stored = _from_numpy(stack, dtype)
+        rows, length = stored.shape
+        sums = sums[:, :length]
         beta = 0.0 if first else 1.0
-        if self._on_cpu and len(total) == 1:
-            torch.addmv(total[0], values.t(), weights[0], beta=beta, out=total[0])
-        else:
-            torch.addmm(total, weights, values, beta=beta, out=total)
+        if not self._on_cpu:
+            values = stored.to(self._device, non_blocking=False).float()
+            torch.addmm(sums, weights, values, beta=beta, out=sums)
+            return
+        if dtype == "float32":
+            torch.addmm(sums, weights, stored, beta=beta, out=sums)
+            return
+        width = max(CHUNK_BYTES // 4 // rows // 16 * 16, 256)
+        widened = self._buffer(rows, width)
+        single = len(sums) == 1
+        for part, total in zip(stored.split(width, 1), sums.split(width, 1), strict=True):
+            values = widened[:, : part.shape[1]]
+            values.copy_(part)
+            if single:
+                torch.addmv(total[0], values.t(), weights[0], beta=beta, out=total[0])
+            else:
+                torch.addmm(total, weights, values, beta=beta, out=total)
+
+    def _buffer(self, rows: int, width: int) -> torch.Tensor:
+        """Widened values; rows 16 elements apart, since powers of two collide in the cache."""
+        if len(self._widened) < rows or self._widened.shape[1] < width:
+            self._widened = torch.empty((rows, width + 16), dtype=torch.float32)
+        return self._widened[:rows, :width]
 
     def derive(self, sums: torch.Tensor, weights: torch.Tensor, out: Float32Array) -> None:
         """Set out = weights @ sums, see `Arithmetic.derive`."""

@@ -122,7 +122,8 @@ class TensorTable:
     def check_names(self) -> None:
         """Raise ValueError if a name means something else in a snapshot file."""
         for name in self.entries:
-            if name == "__metadata__" or name.removesuffix(SCALES) in self.entries.keys() - {name}:
+            scaled = name.removesuffix(SCALES)
+            if name == "__metadata__" or (scaled != name and scaled in self.entries):
                 raise ValueError(f"the tensor name {brief(name)} is taken: rename that tensor")
 
 

@@ -158,6 +158,10 @@ class SnapshotStore:
             raise ConfigError(
                 f"metadata may not use the keys 'format' and {METADATA_KEY!r}: they are taken."
             )
+        try:
+            table.check_names()
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
         lock = _lock(folder)
         try:
             if (folder / MANIFEST).exists():

@@ -501,6 +501,6 @@ def test_what_was_kept_is_used_only_if_it_is_right(tmp_path, codec, damage):
 
 def test_a_tensor_that_is_called_like_the_scales_of_another_is_refused(tmp_path):
     table = make_table(entry("w", (3,)), entry("w:scales", (1,)))
-    with pytest.raises(ConfigError, match="w:scales.* rename that tensor"):
+    with pytest.raises(ConfigError, match=r"w:scales.* rename that tensor"):
         SnapshotStore.create(tmp_path / "s", clock="steps", table=table)
     assert not (tmp_path / "s").exists()

@@ -143,7 +143,13 @@ def train_model(folder, steps=40, width=24, seed=0, **options):
     torch.manual_seed(seed)
     model = Model(width)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    options = {"every": 4, "sigma_rels": (0.05, 0.1), "dtype": "float32", "on_error": "raise", **options}
+    options = {
+        "every": 4,
+        "sigma_rels": (0.05, 0.1),
+        "dtype": "float32",
+        "on_error": "raise",
+        **options,
+    }
     with track(optimizer, model, folder, **options):
         for _ in range(steps):
             optimizer.zero_grad()

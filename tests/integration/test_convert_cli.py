@@ -57,7 +57,9 @@ def test_convert_edm2_with_exact_times(phema, edm2):
     done = phema("convert", edm2, "--out", "c")
     assert "taken as multiples of 1024 images" in done.err
     assert "50176 to 100352" in done.out
-    phema("convert", edm2, "--out", "d", "--batch-size", 1999).refused("no multiple of 1999", "--time")
+    phema("convert", edm2, "--out", "d", "--batch-size", 1999).refused(
+        "no multiple of 1999", "--time"
+    )
     done = phema("convert", edm2, "--out", "b", "--time", "50300,100300", "--sigma-rel", "0.0501")
     assert (done.code, done.err) == (0, "")
     assert "sigma_rel 0.0501  50300 to 100300  images" in done.out

@@ -85,9 +85,11 @@ def test_the_commands_of_the_readme_work_on_a_store(phema, snapshots, monkeypatc
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
     (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "phema synth" in b)
     lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
-    made = "plan ls synth synth sweep plot prune verify".split()
+    made = ["plan", "ls", "synth", "synth", "sweep", "plot", "prune", "verify"]
     assert [words[0] for words in lines] == made
-    phema("synth", snapshots, "--sigma-rel", "raw", "--out", "my-model/model.safetensors").succeeded()
+    phema(
+        "synth", snapshots, "--sigma-rel", "raw", "--out", "my-model/model.safetensors"
+    ).succeeded()
     Path("my-model/config.json").write_text("{}")
     for words in lines:
         done = phema(*words, *(["--no-raw"] if words[0] == "sweep" else []))

@@ -531,7 +531,10 @@ MANIFESTS = {
     "time float": (lambda m: m["snapshots"][0].update(time=10.0), "not a positive integer"),
     "time huge": (lambda m: m["snapshots"][0].update(time=2**64), "not a positive integer"),
     "sigma_rel": (lambda m: m["snapshots"][0]["profile"].update(sigma_rel=0.3), "0.2887"),
-    "sigma_rel nan": (lambda m: m["snapshots"][0]["profile"].update(sigma_rel=float("nan")), "(?i)nan"),
+    "sigma_rel nan": (
+        lambda m: m["snapshots"][0]["profile"].update(sigma_rel=float("nan")),
+        "(?i)nan",
+    ),
     "sigma_rel big": (lambda m: m["snapshots"][0]["profile"].update(sigma_rel=10**400), "large"),
     "profile": (lambda m: m["snapshots"][0].update(profile={"kind": "box"}), "kind"),
     "dtype": (lambda m: m["snapshots"][0].update(dtype="int8"), "'int8'"),

@@ -230,7 +230,9 @@ def test_each_input_byte_is_read_once(store, monkeypatch):
         synthesize(store, np.linspace(0.02, 0.25, 31))
     averaged = sum(int(np.prod(e.shape)) for e in TABLE.entries.values() if e.averaged)
     sampled = averaged  # all of it: the model is smaller than the sample
-    assert read == 6 * 4 * (averaged + sampled) + (8 + 3 + 8)  # copies: int64, three bools, four bfloat16
+    assert read == 6 * 4 * (averaged + sampled) + (
+        8 + 3 + 8
+    )  # copies: int64, three bools, four bfloat16
 
 
 # ---- files

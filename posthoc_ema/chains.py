@@ -115,6 +115,8 @@ def choose_bases(
         by_file = {r.file: r for r in averages}
         full = last is None or len(parts(by_file, last)) >= longest
         return [] if full or last is None else [(last, 1.0)]
+    if not beside[0].bases:
+        return []  # nothing earlier of the chain predicts it: a plain difference would be large
     # The chain of the shortest profile says since when bases may be taken.
     by_file = {r.file: r for r in averages}
     began = min(by_file[name].time for name in parts(by_file, beside[0]))

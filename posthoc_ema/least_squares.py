@@ -22,7 +22,7 @@ from posthoc_ema.quadrature import displacements, quadrature
 Density = Callable[[FloatArray], FloatArray]
 IntArray = npt.NDArray[np.intp]
 
-_RELATIVE_JITTER = 1e-14
+_RELATIVE_JITTER = 1e-11
 """Noise that every average has, over the largest diagonal element: double precision sees no less."""
 
 FLOOR = 1e-16

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from posthoc_ema.errors import ConfigError
-from posthoc_ema.least_squares import Density, LeastSquares
+from posthoc_ema.fitting import fit
+from posthoc_ema.inner_products import residual_norms
+from posthoc_ema.least_squares import Density
 from posthoc_ema.profiles import FloatArray, PowerProfile, gamma_from_sigma_rel
 from posthoc_ema.retention import targets_of
 from posthoc_ema.storage_costs import codec_files, disk_bytes, storage_noise, tracker_bytes
@@ -131,8 +133,9 @@ def make_plan(
     inputs = [PowerProfile(t, s) for t in times for s in tracked]
     noise = storage_noise(codec, times, tracked, drift, steps).ravel()
     q = drift**2 / steps  # per unit of time, over the mean square of the weights
-    problem = LeastSquares(inputs, noise / q, targets, end, density)
-    f = problem.solve(np.arange(len(inputs))).f
+    found = fit(inputs, targets, noise=noise / q)
+    missed = residual_norms(inputs, targets, found.coefficients, "random-walk", density)
+    errors = np.sqrt(q * missed**2 + noise @ found.coefficients**2)
     return Plan(
         steps=steps,
         every=every,
@@ -142,7 +145,7 @@ def make_plan(
         parameters=parameters,
         drift=drift,
         sigma_rels=np.array([float(s) for s in sigma_rels]),
-        errors=np.sqrt(q * end * f),
+        errors=errors,
         disk=disk_bytes(codec, num_times, len(tracked), parameters),
         memory=tracker_bytes(len(tracked), parameters),
     )

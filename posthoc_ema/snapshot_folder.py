@@ -324,7 +324,7 @@ def _width(codec: str, time: int, bases: Sequence[tuple[SnapshotRecord, float]])
     if not bases:
         return KEY_FRAME
     if all(base.time == time for base, _ in bases):
-        return "delta-float16"  # beside a key frame: nothing earlier predicts it, much is left to store
+        return "delta-float16"  # nothing earlier predicts it: much is left to store
     first, others = DELTA_WIDTHS[codec]
     return others if any(base.time == time for base, _ in bases) else first
 

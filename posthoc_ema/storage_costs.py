@@ -90,9 +90,7 @@ def disk_bytes(codec: str, num_times: int, num_profiles: int, parameters: float)
     keys = math.ceil(num_times / KEY_EVERY) if codec.startswith("delta") else 0
     per_weight = keys * FILE_COSTS["float32"].bytes_per_weight
     per_weight += (num_times - keys) * FILE_COSTS[shortest].bytes_per_weight
-    # Beside a key frame the others are float16: nothing earlier of the chain predicts them.
-    beside = max(2.0, FILE_COSTS[others].bytes_per_weight) if keys else 0.0
-    per_weight += keys * (num_profiles - 1) * beside
+    per_weight += keys * (num_profiles - 1) * FILE_COSTS["float32"].bytes_per_weight
     per_weight += (num_times - keys) * (num_profiles - 1) * FILE_COSTS[others].bytes_per_weight
     return per_weight * parameters
 
@@ -139,8 +137,9 @@ def storage_noise(
     for k, t in enumerate(times):
         has_past = k % KEY_EVERY > 0
         for rank, j in enumerate(order):
-            bases = [(k, i) for i in order[:rank]]
+            bases = []
             if has_past:
+                bases = [(k, i) for i in order[:rank]]
                 bases += [(k - 1, i) for i in order[: rank + 1]]
             noise[k, j] = exact
             if bases:

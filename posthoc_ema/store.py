@@ -237,7 +237,13 @@ class SnapshotStore:
         folder = Path(folder)
         read_manifest(folder)  # fail before the lock makes a file in a folder that is no store
         lock = _lock(folder)
-        return cls(folder, read_manifest(folder), lock)
+        try:
+            store = cls(folder, read_manifest(folder), lock)
+            store._clean_up()
+        except BaseException:
+            lock.release()
+            raise
+        return store
 
     @classmethod
     def rebuild(cls, folder: str | os.PathLike[str]) -> SnapshotStore:
@@ -369,8 +375,8 @@ class SnapshotStore:
             if is_snapshot_file_name(name) and name not in listed and not self._being_written():
                 yield Problem(
                     name,
-                    "not listed in the manifest: left by an interrupted run. The next resume of the "
-                    "run removes it.",
+                    "not listed in the manifest: left by an interrupted run. The next "
+                    "resume of the run, or `phema prune --apply`, removes it.",
                 )
 
     def _being_written(self) -> bool:

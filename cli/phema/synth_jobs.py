@@ -13,6 +13,7 @@ from phema.output import size
 from phema.synth_options import parse_profiles, parse_time_list, parse_times
 from posthoc_ema import ConfigError, SynthesisPlan, plan_synthesis
 from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.snapshot import is_snapshot_file_name
 from posthoc_ema.sweep import label
 from posthoc_ema.synthesis import (
     DOUBTFUL,
@@ -77,7 +78,12 @@ def store_job(
             "other trainers need --from-checkpoints."
         )
     (folder,) = snapshots
-    if folder.is_dir() and not _is_store(folder) and any(map(is_checkpoint, folder.iterdir())):
+    if (
+        folder.is_dir()
+        and not _is_store(folder)
+        and any(map(is_checkpoint, folder.iterdir()))
+        and not any(is_snapshot_file_name(path.name) for path in folder.iterdir())
+    ):
         raise ConfigError(
             f"{folder} holds no tracked averages, but files that may be raw checkpoints: add "
             "--from-checkpoints to average those."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from posthoc_ema.errors import ConfigError, SnapshotFormatError, SnapshotNotFoundError
 from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.snapshot import METADATA_KEY
 from posthoc_ema.synthesis.checkpoint_files import is_checkpoint
+from posthoc_ema.tensor_files import read_header
 
 _DTYPES = re.compile(r"(?<![a-z])(?:fp|bf|f|float|bfloat|int)\d+", re.I)
 _NUMBER = re.compile(r"\d+")
@@ -78,14 +81,42 @@ def _inside(path: Path) -> list[Path]:
             f"{path} holds tracked averages, which are better; leave out --from-checkpoints."
         )
     if is_checkpoint(path):
+        if _own_kind(path) == "snapshot":
+            raise ConfigError(
+                f"{path} is a stored average of posthoc-ema, not a checkpoint: averaging it again would "
+                "blur it. Give its folder without --from-checkpoints."
+            )
         return [path]
     found = [p for p in path.iterdir() if is_checkpoint(p)] if path.is_dir() else []
+    kinds = {p: _own_kind(p) for p in found}
+    if "snapshot" in kinds.values():
+        raise ConfigError(
+            f"{path} holds stored averages of posthoc-ema, not checkpoints. If its {MANIFEST} is lost: "
+            "`phema verify --rebuild`."
+        )
+    found = [p for p in found if kinds[p] is None]  # what was synthesized from them is none of them
     if not found:
         raise SnapshotNotFoundError(
             f"{path} holds no checkpoints (.safetensors, .pt, .pth, .bin, .ckpt, or folders of "
             "transformers, diffusers or torch.distributed.checkpoint). Give the files themselves."
         )
     return sorted(found, key=lambda p: [int(n) for n in _NUMBER.findall(p.name)])
+
+
+def _own_kind(path: Path) -> str | None:
+    """What a file of ours is, "snapshot" or "synthesized"; None for those of others."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        own = json.loads(read_header(path).metadata[METADATA_KEY])
+        return str(own.get("kind", "snapshot"))
+    except (SnapshotFormatError, KeyError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def is_made(path: Path) -> bool:
+    """Whether a file is the result of a synthesis."""
+    return _own_kind(path) == "synthesized"
 
 
 def time_of(path: Path) -> int:

@@ -219,7 +219,11 @@ def plan_synthesis(
         if raw not in inputs:
             inputs.append(raw)
             coefficients = np.vstack([coefficients, np.zeros(len(wanted))])
-        coefficients[inputs.index(raw), [s == RAW for s in wanted]] = 1.0
+        chosen = np.array([s == RAW for s in wanted])
+        coefficients[inputs.index(raw), chosen] = 1.0
+        if measurement.rms:
+            numbers["predicted_error"][chosen] = np.sqrt(raw.noise or 0.0) / measurement.rms
+            numbers["storage_share"][chosen] = 1.0
         if not power:
             inputs, coefficients = [raw], coefficients[[inputs.index(raw)]]
     count = len(sigma_rels)

@@ -208,7 +208,7 @@ def times_that_fit(budget: float, num_profiles: int, codec: str) -> int:
     while spent <= budget:
         is_key = codec in DELTA_WIDTHS and count % LONGEST_CHAIN == 0
         kinds = ["float32" if is_key else first]
-        kinds += (num_profiles - 1) * ["delta-float16" if is_key else others]
+        kinds += (num_profiles - 1) * ["float32" if is_key else others]
         spent += sum(_WIDTHS[kind] for kind in kinds)
         count += 1
     return count - 1

@@ -66,9 +66,9 @@ def test_rounding_and_size_of_int8_blocks_are_what_they_are(rng):
         ("float32", 4 * 36, 4 * 36),
         ("float16", 2 * 36, 2 * 36),
         ("bfloat16", 2 * 36, 2 * 36),
-        ("delta-float16", 2 * 4 + 34 * 2, 36 * 2),  # two key frames in 36 times
-        ("delta-int8", 2 * 4 + 34 * 1.03125, 2 * 2 + 34 * 1.03125),
-        ("delta", 2 * 4 + 34 * 2, 2 * 2 + 34 * 1.03125),
+        ("delta-float16", 2 * 4 + 34 * 2, 2 * 4 + 34 * 2),  # two key frames in 36 times
+        ("delta-int8", 2 * 4 + 34 * 1.03125, 2 * 4 + 34 * 1.03125),
+        ("delta", 2 * 4 + 34 * 2, 2 * 4 + 34 * 1.03125),
     ],
 )
 def test_disk_counts_key_frames_and_differences(codec, shortest, longer):

@@ -37,7 +37,7 @@ def command(
     ] = None,
     sigma_rels: Annotated[
         str | None,
-        typer.Option("--sigma-rels", metavar="LIST", help="Tracked lengths.  [default: 0.05,0.10]"),
+        typer.Option("--sigma-rels", metavar="LIST", help="Tracked lengths.  [default: 0.04,0.15]"),
     ] = None,
     dtype: Annotated[
         str | None,

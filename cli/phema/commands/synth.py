@@ -14,8 +14,12 @@ from phema.output import note, output_folder, print_json, progress, size, table
 from phema.synth_jobs import Job, checkpoint_job, finished, make_outputs, store_job
 from phema.synth_options import parse_overrides, parse_part
 from posthoc_ema import ConfigError
+from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.snapshot import is_snapshot_file_name
+from posthoc_ema.storage_costs import FILE_COSTS
 from posthoc_ema.sweep import label
 from posthoc_ema.synthesis import Layout, Output, check_free, write_outputs
+from posthoc_ema.synthesis.checkpoint_names import is_made
 from posthoc_ema.synthesis.checkpoints import COPIED
 
 
@@ -169,6 +173,7 @@ def command(
         mine = parse_part(part, len(outputs[0].paths))
         if part is not None and overwrite:
             raise ConfigError("--part continues what is there; remove the old output instead.")
+        _spare_inputs(snapshots, outputs)
         if not overwrite:
             check_free(job.recipe, outputs)
         there = 0 if overwrite else finished(job.recipe, outputs)
@@ -190,6 +195,17 @@ def _only_with_checkpoints(**options: object) -> None:
             raise ConfigError(
                 f"--{name} is for raw checkpoints; add --from-checkpoints, or leave it out."
             )
+
+
+def _spare_inputs(inputs: Sequence[Path], outputs: Sequence[Output]) -> None:
+    """Refuse to write over what is read, also with --overwrite."""
+    given = {path.resolve() for path in inputs}
+    for path in (path for output in outputs for path in output.paths):
+        parent = path.parent.resolve()
+        if (parent / MANIFEST).exists() and is_snapshot_file_name(path.name):
+            raise ConfigError(f"{path} is a snapshot of a store; choose another --out.")
+        if path.exists() and (path.resolve() in given or parent in given) and not is_made(path):
+            raise ConfigError(f"{path} is one of the checkpoints; choose another --out.")
 
 
 # ---- saying it
@@ -220,7 +236,7 @@ def _print(job: Job, outputs: Sequence[Output], there: int, dry_run: bool, json:
     if there:
         total = sum(len(o.paths) for o in outputs)
         typer.echo(f"{there} of {total} files were there already, made by the same request")
-    for message in (_left_out(layout), job.warning):
+    for message in (_left_out(layout), job.warning, _rounded(job, layout)):
         if message:
             note(message)
 
@@ -232,6 +248,23 @@ def _place(output: Output) -> Path:
 def _sizes(output: Output) -> dict[str, int]:
     """File -> bytes of its tensors."""
     return {f.name: sum(t.num_bytes for t in f.tensors) for f in output.layout.files}
+
+
+def _rounded(job: Job, layout: Layout) -> str:
+    """What writing in a coarse dtype adds, where that is more than the error of the average."""
+    counts: dict[str, float] = {}
+    for file in layout.files:
+        for tensor in file.tensors:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0.0) + tensor.num_bytes
+    dtype = max((d for d in counts if d in FILE_COSTS), key=lambda d: counts[d], default="float32")
+    rounding = FILE_COSTS[dtype].rounding
+    errors = [r["predicted_error"] for r in job.results if r.get("predicted_error") is not None]
+    if dtype == "float32" or not errors or rounding < min(errors):
+        return ""
+    return (
+        f"written as {dtype}, which rounds by {rounding:.1e} of the weights: that comes on top of the "
+        "error above. --dtype float32 keeps the average as it is."
+    )
 
 
 def _left_out(layout: Layout) -> str:

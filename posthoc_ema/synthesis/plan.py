@@ -37,12 +37,16 @@ class Override:
         sigma_rel: their length; `RAW` is possible.
         names: the averaged tensors that it matches (and no later override does).
         coefficients: shape (num_inputs,).
+        predicted_error: as in the plan, for the weights as a whole.
+        reach: as in the plan.
     """
 
     pattern: str
     sigma_rel: float
     names: tuple[str, ...]
     coefficients: FloatArray = field(repr=False)
+    predicted_error: float = 0.0
+    reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,14 @@ def plan_synthesis(
         files=tuple(files),
         file_coefficients=of_files[:, :count],
         overrides=tuple(
-            Override(pattern, s, names[i], coefficients[:, count + i])
+            Override(
+                pattern,
+                s,
+                names[i],
+                coefficients[:, count + i],
+                float(numbers["predicted_error"][count + i]),
+                float(numbers["reach"][count + i]),
+            )
             for i, (pattern, s) in enumerate(overrides)
         ),
         measurement=measurement,
@@ -291,6 +302,11 @@ def _matches(store: SnapshotStore, patterns: Sequence[str]) -> list[tuple[str, .
     owner: dict[str, int] = {}
     for i, pattern in enumerate(patterns):
         found = [name for name in averaged if fnmatch.fnmatchcase(name, pattern)]
+        found += [
+            name
+            for alias, name in store.table.aliases.items()
+            if name in averaged and fnmatch.fnmatchcase(alias, pattern)
+        ]
         if not found:
             raise ConfigError(
                 f"--override {pattern!r} matches none of the {len(averaged)} averaged tensors (such as "
@@ -363,18 +379,22 @@ def out_of_reach(plan: SynthesisPlan) -> str:
     groups: dict[str, list[str]] = {}
     for i, s in enumerate(plan.sigma_rels):
         if plan.reach[i] > DOUBTFUL:
-            groups.setdefault(_reason(plan, i), []).append(f"{s:g}")
+            coarse = bool(plan.storage_share[i] > 0.5)
+            groups.setdefault(_reason(plan, s, coarse), []).append(f"{s:g}")
+    for override in plan.overrides:
+        if override.reach > DOUBTFUL:
+            reason = _reason(plan, override.sigma_rel, coarse=False)
+            groups.setdefault(reason, []).append(f"{override.sigma_rel:g} of {override.pattern}")
     return " ".join(
         f"sigma_rel {', '.join(lengths)}: the error is above {DOUBTFUL:.0%} of what averaging does. {reason}"
         for reason, lengths in groups.items()
     )
 
 
-def _reason(plan: SynthesisPlan, target: int) -> str:
-    """Why a target is out of reach, and the remedy."""
-    s = plan.sigma_rels[target]
+def _reason(plan: SynthesisPlan, s: float, coarse: bool) -> str:
+    """Why a length is out of reach, and the remedy."""
     stored = sorted({r.sigma_rel for r in plan.inputs if r.sigma_rel is not None})
-    if plan.storage_share[target] > 0.5:
+    if coarse:
         dtypes = ", ".join(sorted({r.dtype for r in plan.inputs}))
         return f"Storage in {dtypes} is too coarse for it: store delta-float16 or float32."
     times = np.unique([r.time for r in plan.inputs])

@@ -8,7 +8,7 @@ to what is left (or by themselves); what that adds in bytes and noise is estimat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -101,25 +101,27 @@ def plan_pruning(
     raw_bytes = sum(r.file_bytes for r in raw)
     measurement = measure(store, averages)
     typical = measurement.scale.typical if measurement.scale else 0.0
-    budget = None if max_bytes is None else max_bytes - raw_bytes
-    for _ in range(20):
+
+    def chosen(count: int | None) -> tuple[list[SnapshotRecord], FloatArray, float]:
+        """What stays with `count` averages (or within the error), its noise and bytes."""
         choice = choose(
             [r.profile for r in averages],
             measurement.fit_noise,
             sigma_rels_range,
-            keep=keep,
-            max_bytes=budget,
+            keep=count,
             max_error=max_error,
             sizes=[max(r.file_bytes, 1) for r in averages],
             criterion=criterion,
             density=_relative(measurement.scale),
             scale=math.sqrt(typical) / (measurement.rms or 1.0),
         )
-        kept = [averages[i] for i in choice.kept]
         noise, sizes = _folded(averages, choice.kept, measurement, num_elements(store))
-        if budget is None or sum(sizes) + raw_bytes <= (max_bytes or 0):
-            break
-        budget -= sum(sizes) + raw_bytes - (max_bytes or 0)  # key frames that must be written anew
+        return [averages[i] for i in choice.kept], noise, sum(sizes) + raw_bytes
+
+    if max_bytes is None:
+        kept, noise, size = chosen(keep)
+    else:
+        kept, noise, size = _most_that_fit(chosen, len(averages), max_bytes)
     sigma_rels = np.unique([*targets_of(sigma_rels_range), *lengths])
     staying = {r.file for r in (*kept, *raw)}
     return PruningPlan(
@@ -129,7 +131,7 @@ def plan_pruning(
         errors_before=_errors(averages, measurement.noise, sigma_rels, measurement),
         errors=_errors(kept, noise, sigma_rels, measurement),
         bytes_before=sum(r.file_bytes for r in store.records),
-        bytes_after=round(sum(sizes)) + raw_bytes,
+        bytes_after=round(size),
     )
 
 
@@ -182,6 +184,30 @@ def _errors(
         return np.full(len(targets), np.nan)
     x = fit(inputs, targets, noise=scale.noise_over_scale(noise)).coefficients
     return predicted_errors(inputs, targets, x, scale, noise) / (measurement.rms or 1.0)
+
+
+def _most_that_fit(
+    chosen: Callable[[int], tuple[list[SnapshotRecord], FloatArray, float]],
+    count: int,
+    max_bytes: float,
+) -> tuple[list[SnapshotRecord], FloatArray, float]:
+    """The largest choice within a budget; sizes are those after differences were written anew."""
+    low, high, best = 1, count, None
+    least = math.inf
+    while low <= high:
+        middle = (low + high) // 2
+        kept, noise, size = chosen(middle)
+        least = min(least, size)
+        if size <= max_bytes:
+            best, low = (kept, noise, size), middle + 1
+        else:
+            high = middle - 1
+    if best is None:
+        raise ConfigError(
+            f"the smallest store that is of use takes {least:.0f} bytes, asked for were at most "
+            f"{max_bytes:.0f}. Allow more."
+        )
+    return best
 
 
 def _folded(

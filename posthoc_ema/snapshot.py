@@ -375,7 +375,7 @@ def described_bases(own: Mapping[str, Any]) -> tuple[tuple[int, StoredProfile, f
 
 def noise_text(noise: float) -> str:
     """A variance as text of constant length, so that it can be filled in when a file is complete."""
-    return f"{max(noise, 1e-99) if noise else 0.0:.8e}"
+    return f"{min(max(noise, 1e-99), 9e99) if noise else 0.0:.8e}"
 
 
 @dataclass(frozen=True)

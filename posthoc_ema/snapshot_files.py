@@ -391,7 +391,10 @@ class _Writing:
                     raise KeyFrameNeededError(str(error)) from error
                 if not np.isfinite(values.sum()):
                     raise KeyFrameNeededError
-            values = np.asarray(values, dtype=np.float32)
+            with np.errstate(over="ignore"):
+                values = np.asarray(values, dtype=np.float32)
+            if self.base is not None and not np.isfinite(values).all():
+                raise KeyFrameNeededError  # beyond the range of float32
             if not fits(values, dtype) and entry.name not in self.overflown:
                 self.overflown.append(entry.name)
             if dtype == "int8":
@@ -417,8 +420,8 @@ class _Writing:
             error = back - values
         squares = float(np.vdot(error, error))
         if not np.isfinite(squares):  # inf and nan have no error that counts
-            error = error[np.isfinite(error)]
-            squares = float(np.vdot(error, error))
+            finite = error[np.isfinite(error)].astype(np.float64)
+            squares = float(np.vdot(finite, finite))
         self.squares += squares
         self.count += len(values)
 

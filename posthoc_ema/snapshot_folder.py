@@ -31,6 +31,7 @@ from posthoc_ema.snapshot import (
     file_name,
     kind_of,
     order_of,
+    place_of,
     profile_from_json,
     revision_of,
     unrevised,
@@ -208,7 +209,9 @@ class SnapshotFolder:
         codec = check_codec(average.dtype)
         if is_delta(codec) and isinstance(average.profile, PointProfile):
             average = replace(average, dtype=RAW_DTYPE)
-        earlier = sorted(stored, key=order_of)
+        # An average that is stored later than a longer one of its time must not stand on that one.
+        place = place_of(time, average.profile)
+        earlier = [r for r in sorted(stored, key=order_of) if order_of(r) < place]
         keep = (
             self._kept_path(file_name(time, average.profile)) if is_delta(average.dtype) else None
         )

@@ -482,6 +482,8 @@ class SnapshotStore:
         gone = {record.file for record in records}
         if not gone:
             return
+        # Averages that stand on rewritten files move by a rounding: what was kept of them is stale.
+        self._files.forget_kept()
         by_file = {record.file: record for record in self.records}
         kept: list[SnapshotRecord] = []
         renamed: dict[str, str] = {}  # file -> the file that took its place
@@ -519,6 +521,7 @@ class SnapshotStore:
             self._commit([record for record in self.records if record.file not in names])
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
+            self._files.forget_kept()
         return lost
 
     def _check_writable(self) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from posthoc_ema.codecs import DEFAULT_CODEC, AnyArray, check_codec
 from posthoc_ema.errors import (
     ConfigError,
+    SnapshotError,
     SnapshotMismatchError,
     SnapshotWriteError,
     TrackingError,
@@ -161,8 +162,9 @@ class Tracker:
         self._table = tensor_table(model)
         self._averages: dict[str, torch.Tensor] = {}
         self._time = self._last_update = self._steps = self._pending = 0
+        self._stored_at = 0  # time of the last snapshot; some of it may have been dropped since
         self._store: SnapshotStore | None = None
-        self._stopped = self._failed = False
+        self._stopped = self._failed = self._thinning_failed = False
         self._detach: Callable[[], None] = lambda: None
         self._folder_is_taken = (self._folder / MANIFEST).exists()
         if self._folder_is_taken and not resume:
@@ -342,7 +344,7 @@ class Tracker:
     def _snapshot(self) -> list[SnapshotRecord]:
         store = self._open_store()
         profiles = [PowerProfile(self._time, s) for s in self._sigma_rels]
-        if all(store.find(self._time, profile) for profile in profiles):
+        if self._stored_at == self._time or all(store.find(self._time, p) for p in profiles):
             return []
         self._update()
         tensors = live(self._model, self._table)
@@ -355,9 +357,23 @@ class Tracker:
             read_raw = functools.partial(self._read, tensors, None)
             averages.append(NewAverage(PointProfile(self._time), self._dtype, read_raw))
         records = store.add(self._time, averages, replace_raw=self._raw == "last")
+        self._stored_at = self._time
         if self._keep is not None:
-            thin_out(store, self._keep, self._keep_range)
+            self._thin_out(store, self._keep)
         return [record for record in records if store.find(record.time, record.profile)]
+
+    def _thin_out(self, store: SnapshotStore, keep: int) -> None:
+        """Keep the budget; a damaged old file stops neither training nor storing."""
+        try:
+            thin_out(store, keep, self._keep_range)
+        except SnapshotError as error:
+            if not self._thinning_failed:
+                _log.error(
+                    "the store is not thinned any more, snapshots go on: %s After the run: `phema verify "
+                    "--drop`, then `phema prune`.",
+                    error,
+                )
+            self._thinning_failed = True
 
     def _check_identity(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._parameters().items():

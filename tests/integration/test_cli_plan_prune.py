@@ -254,7 +254,7 @@ def test_prune_refuses_a_store_that_has_changed(long_run):
         ((), "give exactly one of --keep N, --max-size SIZE and --error E"),
         (("--keep", 4, "--error", 1), "give exactly one"),
         (("--max-size", "many"), "--max-size must be a size such as 20GB or 500MiB, got 'many'"),
-        (("--max-size", "1B"), "max_bytes must hold at least one average of the last time"),
+        (("--max-size", "1B"), "the smallest store that is of use takes"),
         (("--error", "1e-9"), "max_error must be at least what all 80 stored averages give"),
         (("--keep", 4, "--range", "0.3"), "sigma_rel must lie in (0, 0.2887]"),
         (("--keep", 4, "--criterion", "best"), "criterion must be one of worst, mean-log"),

@@ -504,3 +504,28 @@ def test_a_tensor_that_is_called_like_the_scales_of_another_is_refused(tmp_path)
     with pytest.raises(ConfigError, match=r"w:scales.* rename that tensor"):
         SnapshotStore.create(tmp_path / "s", clock="steps", table=table)
     assert not (tmp_path / "s").exists()
+
+
+def test_shorter_average_of_a_time_that_is_there_stands_on_earlier_times(tmp_path, codec):
+    folder = tmp_path / "s"
+    with SnapshotStore.create(folder, clock="steps", table=TABLE) as store:
+        store.add(100, averages(100, codec))
+        for one in averages(200, codec)[::-1]:  # the longer one first, in calls of their own
+            store.add(200, [one])
+        store.add(300, averages(300, codec))
+    store = SnapshotStore.open(folder)
+    assert not list(store.verify())
+    assert max(errors(store).values()) < 5 * LIMITS[codec]
+
+
+@pytest.mark.parametrize("size", [1e22, 3e38])
+def test_weights_of_a_diverging_run_are_stored(tmp_path, codec, size):
+    table = make_table(entry("w", (100,)))
+    sign = np.where(np.arange(100) % 2, 1, -1).astype(np.float32)
+    with SnapshotStore.create(tmp_path / "s", clock="steps", table=table) as store:
+        for time, factor in ((1, size), (2, -size), (3, 1.0)):
+            values = (sign * np.float32(factor)).astype(np.float32)
+            store.add(time, [NewAverage(PowerProfile(time, 0.1), codec, lambda _, v=values: v)])
+    store = SnapshotStore.open(tmp_path / "s")
+    assert not list(store.verify())
+    np.testing.assert_allclose(stored(store, store.records[1], "w"), -sign * size, rtol=1e-2)

@@ -71,3 +71,50 @@ def test_bad_budget_is_refused_at_once(tmp_path, options, error):
     with pytest.raises(error):
         Tracker(torch.nn.Linear(2, 2), tmp_path / "s", every=5, **options)
     assert not (tmp_path / "s").exists()
+
+
+def test_recorded_noise_stays_true_while_a_store_is_thinned(tmp_path):
+    """What is kept for the next difference must follow when thinning writes its bases anew."""
+    weights = {}
+    model = torch.nn.Linear(30, 30, bias=False)
+    torch.manual_seed(0)
+    options = {"every": 10, "keep": 8, "on_error": "raise", "dtype": "delta-int8"}
+    with Tracker(model, tmp_path / "s", **options) as tracker:
+        for _ in range(300):
+            with torch.no_grad():
+                model.weight.add_(torch.randn(30, 30), alpha=0.01)
+            tracker.step()
+            for sigma_rel in tracker.sigma_rels:
+                values = tracker.averages(sigma_rel)["weight"].numpy().copy()
+                weights[tracker.time, sigma_rel] = values
+        store = tracker.store
+        for record in store.averages:
+            with store.read(record) as reader:
+                stored = reader.values(store.table.entries["weight"], 0, 900)
+            error = stored - weights[record.time, record.sigma_rel].ravel()
+            assert (error**2).mean() < 2 * record.noise + 1e-12
+
+
+def test_snapshot_that_was_thinned_is_not_stored_again(tmp_path):
+    model = torch.nn.Linear(20, 20)
+    torch.manual_seed(0)
+    options = {"every": 10, "keep": 7, "keep_range": (0.15, 0.2), "on_error": "raise"}
+    with Tracker(model, tmp_path / "s", **options) as tracker:
+        for _ in range(100):
+            with torch.no_grad():
+                model.weight.add_(torch.randn(20, 20), alpha=0.01)
+            tracker.step()
+            tracker.snapshot()
+            assert tracker.snapshot() == []
+    assert not list(SnapshotStore.open(tmp_path / "s").verify())
+
+
+def test_damaged_old_file_does_not_stop_snapshots(tmp_path, caplog):
+    model = torch.nn.Linear(4, 4)
+    with Tracker(model, tmp_path / "s", every=5, keep=6, on_error="raise") as tracker:
+        for step in range(60):
+            tracker.step()
+            if step == 30:
+                tracker.store.path(tracker.store.averages[0]).unlink()
+        assert tracker.store.times[-1] == 60
+    assert caplog.text.count("is not thinned any more") == 1

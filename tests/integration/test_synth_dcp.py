@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 RANK = """
+import os
 import sys, warnings
 import torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -37,7 +38,9 @@ for step in (100, 200, 300):
     dcp.save(value, checkpoint_id=f"{folder}/dcp/step-{step}")
     writer = HuggingFaceStorageWriter(f"{folder}/hf/step-{step}", save_distributed=True)
     dcp.save(state, storage_writer=writer)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # all is written; a thread of gloo that ends late would abort the interpreter's exit
 """
 
 

@@ -219,13 +219,16 @@ def _print(job: Job, outputs: Sequence[Output], there: int, dry_run: bool, json:
         ]
         print_json({**job.facts, "dry_run": dry_run, "results": results})
         return
+    layout = outputs[0].layout
     rows = [[*row, _place(o)] for row, o in zip(job.rows, outputs, strict=True)]
     typer.echo(table([*job.header, "file" if outputs[0].alone else "folder"], rows))
     typer.echo(job.source)
+    rounded = _rounded(job, layout)
+    if rounded:
+        typer.echo(rounded)
     if job.facts["overrides"]:
         others = ", ".join(f"{p}: {label(s)}" for p, s in job.facts["overrides"].items())
         typer.echo(f"other lengths: {others}")
-    layout = outputs[0].layout
     if dry_run:
         for name, num_bytes in () if outputs[0].alone else _sizes(outputs[0]).items():
             typer.echo(f"would write {name} ({size(num_bytes)})")
@@ -236,7 +239,7 @@ def _print(job: Job, outputs: Sequence[Output], there: int, dry_run: bool, json:
     if there:
         total = sum(len(o.paths) for o in outputs)
         typer.echo(f"{there} of {total} files were there already, made by the same request")
-    for message in (_left_out(layout), job.warning, _rounded(job, layout)):
+    for message in (_left_out(layout), job.warning):
         if message:
             note(message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from posthoc_ema.codecs import DTYPE_CODES, FLOATING, AnyArray
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.snapshot import TensorEntry, TensorTable
+from posthoc_ema.torch.peft_names import adapter_tensors
 
 _log = logging.getLogger("posthoc_ema")
 
@@ -26,6 +28,8 @@ def _wrapped_attribute(module: nn.Module) -> str | None:
         return "module"
     if isinstance(module, torch._dynamo.OptimizedModule):
         return "_orig_mod"
+    if type(module).__name__ == "CheckpointWrapper":  # torch.distributed's activation checkpointing
+        return "_checkpoint_wrapped_module"
     return None
 
 
@@ -40,16 +44,36 @@ def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
     return prefixes[::-1]
 
 
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+SELECTIONS = ("auto", "all", "trainable")
+"""Which tensors are stored: see `named_tensors`."""
+
+
+def named_tensors(module: nn.Module, selection: str = "auto") -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers as (name, live tensor), tied ones under every name.
 
     Names are those of the bare model's `state_dict()`: the prefixes of DistributedDataParallel,
-    DataParallel and torch.compile are taken out.
+    DataParallel, torch.compile and activation checkpointing are taken out. Those of a PEFT model's
+    adapter are the names in `adapter_model.safetensors`.
+
+    Args:
+        module: a model, wrapped or not.
+        selection: "all"; "trainable" leaves frozen parameters out; "auto" takes the adapter of a PEFT
+            model only, and all of any other model.
 
     Raises:
-        TrackingError: a tensor cannot be tracked (sharded, on the meta device, of a dtype that
-            safetensors lacks).
+        TrackingError: a tensor cannot be tracked (on the meta device, of a dtype that safetensors
+            lacks).
     """
+    adapter = None if selection == "all" else adapter_tensors(module)
+    for name, tensor in _all_named_tensors(module) if adapter is None else adapter.items():
+        is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if selection == "trainable" and is_frozen:
+            continue
+        _check(name, tensor)
+        yield name, tensor
+
+
+def _all_named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     prefixes = _wrapper_prefixes(module)
     for name, value in module.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
@@ -63,7 +87,6 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for prefix, replacement in prefixes:
             if name.startswith(prefix):
                 name = replacement + name[len(prefix) :]
-        _check(name, value)
         yield name, value
 
 
@@ -90,8 +113,12 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def tensor_table(module: nn.Module) -> TensorTable:
+def tensor_table(module: nn.Module, selection: str = "auto") -> TensorTable:
     """Tensor table of a module: trainable floating parameters are averaged, all else is copied.
+
+    Args:
+        module: a model, wrapped or not.
+        selection: which of its tensors, see `named_tensors`.
 
     Raises:
         TrackingError: nothing is trainable, or a trainable parameter cannot be averaged.
@@ -99,7 +126,7 @@ def tensor_table(module: nn.Module) -> TensorTable:
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
-    for name, tensor in named_tensors(module):
+    for name, tensor in named_tensors(module, selection):
         if id(tensor) in seen:
             aliases[name] = seen[id(tensor)]
             continue
@@ -129,28 +156,86 @@ def to_numpy(tensor: torch.Tensor) -> AnyArray:
     return tensor.numpy()
 
 
-def live(module: nn.Module, table: TensorTable) -> dict[str, torch.Tensor]:
-    """The module's tensors by name, checked against the table that tracking started with.
+class TrackedModel:
+    """A module and the tensors that tracking started with.
+
+    Args:
+        module: the module that is trained, wrapped or not.
+        selection: which of its tensors are stored, see `named_tensors`.
 
     Raises:
-        TrackingError: tensors were added, removed, reshaped, cast, frozen or unfrozen since.
+        TrackingError: nothing is trainable, or a tensor cannot be tracked.
     """
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors(module):
-        if name in table.aliases:
-            continue
-        entry = table.entries.get(name)
-        if entry is None:
-            raise TrackingError(_changed(f"{name!r} is new"))
-        averaged = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-        now = TensorEntry(name, tuple(tensor.shape), dtype_name(tensor), averaged)
-        if now != entry:
-            raise TrackingError(_changed(f"{name!r} was {_words(entry)} and is {_words(now)}"))
-        found[name] = tensor
-    missing = next((name for name in table.entries if name not in found), None)
-    if missing is not None:
-        raise TrackingError(_changed(f"{missing!r} is gone"))
-    return found
+
+    def __init__(self, module: nn.Module, selection: str = "auto") -> None:
+        self.module = module
+        self.table = tensor_table(module, selection)
+        self._selection = selection
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The parameters that are averaged, as they are now.
+
+        Raises:
+            TrackingError: one was removed or reshaped.
+        """
+        parameters: dict[str, torch.Tensor] = {}
+        for name, owner, key in self._slots:
+            parameter = owner._parameters.get(key)
+            if parameter is None or tuple(parameter.shape) != self.table.entries[name].shape:
+                raise TrackingError(
+                    f"parameter {name!r} was removed or reshaped while it was tracked. Start a new "
+                    "tracker with a new folder for the changed model."
+                )
+            parameters[name] = parameter
+        return parameters
+
+    @functools.cached_property
+    def _slots(self) -> list[tuple[str, nn.Module, str]]:
+        """(name, owning module, attribute) of each averaged parameter.
+
+        Looking parameters up by attribute at each update follows re-assignment (`.to`,
+        `load_state_dict(assign=True)`) at a fraction of the cost of a state_dict.
+        """
+        by_id = {id(p): (m, key) for m in self.module.modules() for key, p in m._parameters.items()}
+        tensors = self._live()
+        return [
+            (name, *by_id[id(tensors[name])])
+            for name, entry in self.table.entries.items()
+            if entry.averaged
+        ]
+
+    def live(self) -> dict[str, torch.Tensor]:
+        """The module's tensors by name, checked against those that tracking started with.
+
+        Raises:
+            TrackingError: tensors were added, removed, reshaped, cast, frozen, unfrozen or replaced.
+        """
+        tensors = self._live()
+        for name, parameter in self.averaged().items():
+            if tensors[name] is not parameter:
+                raise TrackingError(
+                    f"{name!r} is another parameter than the one that was tracked so far (a module was "
+                    "replaced, or a tie was broken). Start a new tracker with a new folder."
+                )
+        return tensors
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in named_tensors(self.module, self._selection):
+            if name in self.table.aliases:
+                continue
+            entry = self.table.entries.get(name)
+            if entry is None:
+                raise TrackingError(_changed(f"{name!r} is new"))
+            averaged = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            now = TensorEntry(name, tuple(tensor.shape), dtype_name(tensor), averaged)
+            if now != entry:
+                raise TrackingError(_changed(f"{name!r} was {_words(entry)} and is {_words(now)}"))
+            found[name] = tensor
+        missing = next((name for name in self.table.entries if name not in found), None)
+        if missing is not None:
+            raise TrackingError(_changed(f"{missing!r} is gone"))
+        return found
 
 
 def _changed(what: str) -> str:

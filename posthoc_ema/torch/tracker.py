@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
-from posthoc_ema.codecs import DEFAULT_CODEC, AnyArray, check_codec
+from posthoc_ema.codecs import DEFAULT_CODEC, check_codec
 from posthoc_ema.errors import (
     ConfigError,
     SnapshotError,
@@ -29,12 +31,14 @@ from posthoc_ema.profiles import (
     power_update_weight,
 )
 from posthoc_ema.retention import keep_online
-from posthoc_ema.snapshot import CLOCKS, SnapshotRecord
-from posthoc_ema.snapshot_folder import NewAverage
+from posthoc_ema.snapshot import CLOCKS, SnapshotRecord, StoredProfile
 from posthoc_ema.store import SnapshotStore
-from posthoc_ema.torch.averaging import new_stack, update_stack, weight_columns
-from posthoc_ema.torch.parameters import live, tensor_table, to_numpy
+from posthoc_ema.torch.averaging import Averages
+from posthoc_ema.torch.averaging.averages import DTYPES, KERNELS
+from posthoc_ema.torch.background import Background
+from posthoc_ema.torch.parameters import SELECTIONS, TrackedModel
 from posthoc_ema.torch.retaining import thin_out
+from posthoc_ema.torch.snapshots import LazyTensors, TakenSnapshot
 from posthoc_ema.torch.state import STATE_SCHEMA, check_state
 
 _log = logging.getLogger("posthoc_ema")
@@ -43,6 +47,11 @@ _log = logging.getLogger("posthoc_ema")
 def _positive(name: str, value: int | None) -> None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
+
+
+def _one_of(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _lengths(sigma_rels: Any) -> tuple[float, ...]:
@@ -55,6 +64,31 @@ def _lengths(sigma_rels: Any) -> tuple[float, ...]:
     if not lengths or len(set(lengths)) != len(lengths):
         raise ConfigError(rule)
     return tuple(float(s) for s in lengths)
+
+
+def _average(averages: Averages, index: int, name: str) -> torch.Tensor:
+    return averages.average(name, index)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """How the averages are held: the arguments of `Averages`."""
+
+    kernel: str
+    dtype: str
+    device: torch.device | None
+
+    @classmethod
+    def checked(cls, kernel: str, dtype: str, device: str | torch.device | None) -> _Memory:
+        _one_of("kernel", kernel, KERNELS)
+        _one_of("average_dtype", dtype, DTYPES)
+        try:
+            return cls(kernel, dtype, None if device is None else torch.device(device))
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"device must be one that PyTorch knows, such as 'cpu', or None for averages beside "
+                f"the parameters, got {device!r} ({str(error).splitlines()[0]})."
+            ) from None
 
 
 class Tracker:
@@ -82,11 +116,21 @@ class Tracker:
             `keep_range` come out best at whatever time training ends; all by default.
         keep_range: lengths that will be asked for, (low, high).
         raw: keep the raw weights of the "last" snapshot (default), of "all", or of "none".
+        tensors: "all" stores frozen parameters too, "trainable" leaves them out, "auto" (default) takes
+            the adapter of a PEFT model only, under PEFT's own names, and all of any other model.
         resume: continue the store that is in the folder, if there is one. Without it a folder that
             holds a store is refused.
         run_id: id of a new run; random by default.
         metadata: string map that goes into every file, for example a configuration.
-        on_error: "warn" logs an error inside the tracker once and lets training go on; "raise" raises.
+        device: where the averages live; None (default): beside the parameters. "cpu" frees the
+            accelerator: parameters are copied on a side stream and averaged by a thread meanwhile.
+        kernel: how averages are updated: "eager", "compiled" (torch.compile), "triton" (CUDA), or
+            "auto", the best for the device.
+        average_dtype: "float32", or "bfloat16" with stochastic rounding for half the memory.
+        background: write snapshots in a thread, from a copy in host memory, while training goes on;
+            the next snapshot waits for the last. False writes before `step` returns.
+        on_error: "warn" logs an error inside the tracker once and lets training go on; "raise" raises
+            (for one in the background, at the next call).
 
     Raises:
         ConfigError: an argument is wrong.
@@ -122,28 +166,31 @@ class Tracker:
         keep: int | None = None,
         keep_range: tuple[float, float] = (0.02, 0.25),
         raw: Literal["last", "all", "none"] = "last",
+        tensors: Literal["auto", "all", "trainable"] = "auto",
         resume: bool = False,
         run_id: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        device: str | torch.device | None = None,
+        kernel: Literal["auto", "eager", "compiled", "triton"] = "auto",
+        average_dtype: Literal["float32", "bfloat16"] = "float32",
+        background: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         _positive("every", every)
         _positive("samples_per_step", samples_per_step)
         _positive("update_every", update_every)
         _positive("keep", keep)
-        if clock not in CLOCKS:
-            raise ConfigError(f"clock must be one of {', '.join(CLOCKS)}, got {clock!r}.")
+        _one_of("clock", clock, CLOCKS)
         if clock == "steps" and samples_per_step is not None:
             raise ConfigError(
                 "samples_per_step needs clock='images'; a step counts as 1 otherwise."
             )
-        if raw not in ("last", "all", "none"):
-            raise ConfigError(f"raw must be last, all or none, got {raw!r}.")
-        if on_error not in ("warn", "raise"):
-            raise ConfigError(f"on_error must be warn or raise, got {on_error!r}.")
+        _one_of("raw", raw, ("last", "all", "none"))
+        _one_of("tensors", tensors, SELECTIONS)
+        _one_of("on_error", on_error, ("warn", "raise"))
+        self._memory = _Memory.checked(kernel, average_dtype, device)
         self._sigma_rels = _lengths(sigma_rels)
         self._gammas = gamma_from_sigma_rel(self._sigma_rels)
-        self._model = model
         self._folder = Path(folder)
         self._every = every
         self._clock = clock
@@ -159,12 +206,21 @@ class Tracker:
         self._run_id = run_id
         self._metadata = dict(metadata or {})
         self._on_error = on_error
-        self._table = tensor_table(model)
-        self._averages: dict[str, torch.Tensor] = {}
+        self._model = TrackedModel(model, tensors)
+        self._averages: Averages | None = None
         self._time = self._last_update = self._steps = self._pending = 0
-        self._stored_at = 0  # time of the last snapshot; some of it may have been dropped since
+        self._taken_at = 0  # time of the last snapshot that was begun
+        self._stored_at = (
+            0  # and of the last that is stored; some of it may have been dropped since
+        )
+        self._written: list[SnapshotRecord] = []
+        self._num_snapshots = 0
         self._store: SnapshotStore | None = None
+        self._jobs = Background(self._job_failed) if background else None
+        self._job_error: Exception | None = None
         self._stopped = self._failed = self._thinning_failed = False
+        self._failure: str | None = None
+        self._busy = self._updating = self._swapped = False
         self._detach: Callable[[], None] = lambda: None
         self._folder_is_taken = (self._folder / MANIFEST).exists()
         if self._folder_is_taken and not resume:
@@ -188,28 +244,57 @@ class Tracker:
         return self._time
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._steps
+
+    @property
     def sigma_rels(self) -> tuple[float, ...]:
         """Relative lengths that are tracked."""
         return self._sigma_rels
 
     @property
     def store(self) -> SnapshotStore:
-        """The store that snapshots go to; made when it is first needed."""
+        """The store that snapshots go to, with all of them; made when it is first needed."""
+        self._wait()
         return self._open_store()
 
+    @property
+    def num_snapshots(self) -> int:
+        """Snapshots that this object has stored."""
+        return self._num_snapshots
+
+    @property
+    def stopped(self) -> bool:
+        """Whether tracking has ended, by `close` or by an error."""
+        return self._stopped
+
+    @property
+    def failure(self) -> str | None:
+        """Why tracking has stopped by itself; None if it has not."""
+        return self._failure
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is at work on the averages: a signal handler must not take a snapshot then."""
+        return self._busy
+
     def averages(self, sigma_rel: float) -> dict[str, torch.Tensor]:
-        """The tracked averages of one length as they are now: name -> float32 tensor, not a copy.
+        """The tracked averages of one length as they are now: name -> float32 tensor.
+
+        The tensors are for reading; whether they follow later updates depends on the kernel.
 
         Raises:
             TrackingError: `sigma_rel` is not tracked, or nothing has been averaged yet.
         """
-        if sigma_rel not in self._sigma_rels or not self._averages:
+        if sigma_rel not in self._sigma_rels or self._averages is None:
             raise TrackingError(
                 f"sigma_rel {sigma_rel!r} has no average now: tracked are {self._sigma_rels}, from the "
                 "first step on. Other lengths: posthoc_ema.synthesize."
             )
         index = self._sigma_rels.index(sigma_rel)
-        return {name: stack[index] for name, stack in self._averages.items()}
+        self._averages.wait()
+        return {name: self._averages.average(name, index) for name in self._averages.names}
 
     # ---- tracking
 
@@ -235,8 +320,14 @@ class Tracker:
 
         Raises:
             TrackingError: on the first step of a folder that already holds a store, if no state was
-                loaded; or, with on_error="raise", for anything that goes wrong later.
+                loaded; while averages are swapped into the model (`swapped`); or, with
+                on_error="raise", for anything that goes wrong later.
         """
+        if self._swapped:
+            raise TrackingError(
+                "an optimizer step came while averages were swapped into the model: it has trained the "
+                "average. Step outside of `with tracker.swapped(...)` only."
+            )
         if self._stopped:
             return
         if self._steps == 0 and self._store is None:
@@ -244,18 +335,44 @@ class Tracker:
         self._guarded(self._step)
 
     def snapshot(self) -> list[SnapshotRecord]:
-        """Store the averages as of now; nothing happens if this time is stored already.
+        """Store the averages as of now, and wait until they are; nothing happens if they are stored.
 
         Returns:
             The new records; empty if there are none.
+
+        Raises:
+            TrackingError: before the first step; or while averages are swapped into the model.
         """
         if self._time == 0:
             raise TrackingError(
                 "a snapshot needs at least one step; time 0 never enters an average."
             )
-        records: list[SnapshotRecord] = []
-        self._guarded(lambda: records.extend(self._snapshot()))
-        return records
+        if self._swapped:
+            raise TrackingError(
+                "no snapshot can be taken while averages are swapped into the model: its weights are "
+                "not the trained ones. Take it outside of `with tracker.swapped(...)`."
+            )
+        self._wait()
+        self._written = []
+        if not self._failed:
+            self._guarded(self._snapshot)
+            self.flush()
+        return list(self._written)
+
+    def flush(self) -> None:
+        """Wait until everything that was begun in the background is done.
+
+        Raises:
+            PhemaError: with on_error="raise", what went wrong there.
+        """
+        self._wait()
+        if self._averages is not None:
+            self._averages.wait()
+        self._raise_from_job()
+
+    def _wait(self) -> None:
+        if self._jobs is not None:
+            self._jobs.wait()
 
     def _begin(self) -> None:
         if self._clock == "images" and self._samples_per_step is None and not self._pending:
@@ -290,77 +407,70 @@ class Tracker:
         """Bring the averages to the present time (EDM2, eq. 127)."""
         if self._last_update == self._time:
             return
-        parameters = self._parameters()
-        if not self._averages:
-            self._averages = {
-                name: new_stack(parameter, len(self._sigma_rels))
-                for name, parameter in parameters.items()
-            }
+        parameters = self._model.averaged()
+        if self._averages is None:
+            self._averages = self._new_averages(parameters)
         elapsed = self._time - self._last_update
         weights = power_update_weight(self._gammas, self._time, elapsed).tolist()
-        devices = list(dict.fromkeys(stack.device for stack in self._averages.values()))
-        columns = weight_columns(weights, devices)
         # Ctrl-C between two tensors would leave some updated and others not, and a caught one would
-        # go unnoticed: until the loop is through, the averages count as broken.
-        was_failed, self._failed = self._failed, True
-        for name, parameter in parameters.items():
-            stack = self._averages[name]
-            if stack.device != parameter.device:
-                self._averages[name] = stack = stack.to(parameter.device)
-                columns |= weight_columns(weights, [parameter.device])
-            update_stack(stack, parameter, columns[stack.device])
-        self._last_update, self._failed = self._time, was_failed
+        # go unnoticed: until the update is through, the averages count as broken.
+        self._updating = True
+        self._averages.update(parameters, weights, seed=self._time)
+        self._last_update, self._updating = self._time, False
 
-    @functools.cached_property
-    def _slots(self) -> list[tuple[str, nn.Module, str]]:
-        """(name, owning module, attribute) of each averaged parameter.
-
-        Looking parameters up by attribute at each update follows re-assignment (`.to`,
-        `load_state_dict(assign=True)`) at a fraction of the cost of a state_dict.
-        """
-        by_id = {id(p): (m, key) for m in self._model.modules() for key, p in m._parameters.items()}
-        tensors = live(self._model, self._table)
-        return [
-            (name, *by_id[id(tensors[name])])
-            for name, entry in self._table.entries.items()
-            if entry.averaged
-        ]
-
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        parameters: dict[str, torch.Tensor] = {}
-        for name, owner, key in self._slots:
-            parameter = owner._parameters.get(key)
-            if parameter is None or tuple(parameter.shape) != self._table.entries[name].shape:
-                raise TrackingError(
-                    f"parameter {name!r} was removed or reshaped while it was tracked. Start a new "
-                    "tracker with a new folder for the changed model."
-                )
-            parameters[name] = parameter
-        return parameters
+    def _new_averages(self, parameters: Mapping[str, torch.Tensor]) -> Averages:
+        return Averages(
+            parameters,
+            len(self._sigma_rels),
+            kernel=self._memory.kernel,
+            dtype=self._memory.dtype,
+            device=self._memory.device,
+        )
 
     # ---- snapshots
 
-    @torch.no_grad()
-    def _snapshot(self) -> list[SnapshotRecord]:
+    def _snapshot(self) -> None:
+        """Take a snapshot of the present time, and store it or have it stored."""
+        self._wait()
+        self._raise_from_job()
+        if self._failed:  # what was in the background has failed
+            return
         store = self._open_store()
         profiles = [PowerProfile(self._time, s) for s in self._sigma_rels]
         if self._stored_at == self._time or all(store.find(self._time, p) for p in profiles):
-            return []
+            return
         self._update()
-        tensors = live(self._model, self._table)
-        self._check_identity(tensors)
-        averages = [
-            NewAverage(profile, self._dtype, functools.partial(self._read, tensors, index))
-            for index, profile in enumerate(profiles)
-        ]
+        taken = self._take(profiles)
+        self._taken_at = taken.time
+        if self._jobs is None:
+            self._write(store, taken)
+        else:
+            copy = taken.on_host()
+            self._jobs.start(lambda: self._write(store, copy))
+
+    @torch.no_grad()
+    def _take(self, profiles: Sequence[PowerProfile]) -> TakenSnapshot:
+        averages = self._averages
+        assert averages is not None  # the update before has made them
+        averages.wait()
+        tensors = self._model.live()
+        taken: dict[StoredProfile, Mapping[str, torch.Tensor]] = {
+            profile: LazyTensors(averages.names, functools.partial(_average, averages, i))
+            for i, profile in enumerate(profiles)
+        }
         if self._raw != "none":
-            read_raw = functools.partial(self._read, tensors, None)
-            averages.append(NewAverage(PointProfile(self._time), self._dtype, read_raw))
-        records = store.add(self._time, averages, replace_raw=self._raw == "last")
-        self._stored_at = self._time
+            taken[PointProfile(self._time)] = {name: tensors[name] for name in averages.names}
+        entries = self._model.table.entries.values()
+        copied = {entry.name: tensors[entry.name] for entry in entries if not entry.averaged}
+        return TakenSnapshot(self._time, taken, copied)
+
+    def _write(self, store: SnapshotStore, taken: TakenSnapshot) -> None:
+        records = taken.add_to(store, self._dtype, replace_raw=self._raw == "last")
+        self._stored_at = taken.time
+        self._num_snapshots += 1
         if self._keep is not None:
             self._thin_out(store, self._keep)
-        return [record for record in records if store.find(record.time, record.profile)]
+        self._written = [r for r in records if store.find(r.time, r.profile)]
 
     def _thin_out(self, store: SnapshotStore, keep: int) -> None:
         """Keep the budget; a damaged old file stops neither training nor storing."""
@@ -375,42 +485,51 @@ class Tracker:
                 )
             self._thinning_failed = True
 
-    def _check_identity(self, tensors: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters().items():
-            if tensors[name] is not parameter:
-                raise TrackingError(
-                    f"{name!r} is another parameter than the one that was tracked so far (a module was "
-                    "replaced, or a tie was broken). Start a new tracker with a new folder."
-                )
-
-    def _read(self, tensors: dict[str, torch.Tensor], index: int | None, name: str) -> AnyArray:
-        """Tensor `name` of average `index` (None: the raw weights) for the store."""
-        tensor = tensors[name]
-        if not self._table.entries[name].averaged:
-            return to_numpy(tensor)
-        return to_numpy(tensor.float() if index is None else self._averages[name][index])
-
     def _open_store(self) -> SnapshotStore:
         if self._store is None:
             self._store = SnapshotStore.create(
                 self._folder,
                 clock=self._clock,
-                table=self._table,
+                table=self._model.table,
                 run_id=self._run_id,
                 metadata=self._metadata,
             )
             self._run_id = self._store.run_id
         return self._store
 
+    # ---- evaluating
+
+    def swapped(
+        self, model: nn.Module | None = None, *, sigma_rel: float, train: bool = False
+    ) -> AbstractContextManager[nn.Module]:
+        """Put the average of one length into the model for the time of a `with` block.
+
+        See `posthoc_ema.torch.swap.swapped`, which does the work.
+
+        Args:
+            model: the module that takes the average; the tracked one by default.
+            sigma_rel: a tracked length; or any other, which is synthesized from the stored snapshots.
+            train: leave the module in the mode it is in; by default it is in evaluation mode.
+
+        Returns:
+            A context manager that gives the module.
+        """
+        from posthoc_ema.torch.swap import swapped
+
+        return swapped(self, model or self._model.module, sigma_rel=sigma_rel, train=train)
+
     # ---- resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs; the tensors are the live ones, not copies.
+        """Everything that resuming needs; waits for snapshots that are being written.
 
         Returns:
             A dict of plain numbers and strings, and under "averages" name -> float32 tensor of shape
-            (num_profiles, *shape). Fit for `torch.save` (it loads with weights_only=True).
+            (num_profiles, *shape), live ones or copies. Fit for `torch.save` (it loads with
+            weights_only=True).
         """
+        self.flush()
+        averages = self._averages
         return {
             "schema": STATE_SCHEMA,
             "run_id": self._open_store().run_id,
@@ -421,7 +540,7 @@ class Tracker:
             "pending": self._pending,
             "failed": self._failed,
             "sigma_rels": list(self._sigma_rels),
-            "averages": dict(self._averages),
+            "averages": {n: averages.stack(n) for n in averages.names} if averages else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -436,7 +555,8 @@ class Tracker:
             TrackingError: the state does not fit this tracker; the message names the difference.
             SnapshotMismatchError: the folder holds another run or model.
         """
-        check_state(state, self._sigma_rels, self._clock, self._table)
+        self.flush()
+        check_state(state, self._sigma_rels, self._clock, self._model.table)
         time = int(state["time"])
         if (self._folder / MANIFEST).exists():
             if self._store is not None:
@@ -445,7 +565,7 @@ class Tracker:
                 self._folder,
                 run_id=state["run_id"],
                 clock=self._clock,
-                table=self._table,
+                table=self._model.table,
                 time=time,
             )
         else:
@@ -463,42 +583,60 @@ class Tracker:
         self._run_id = state["run_id"]
         self._time, self._last_update = time, int(state["last_update"])
         self._steps, self._pending = int(state["steps"]), int(state["pending"])
+        self._stored_at = 0
         self._stopped = self._failed = bool(state["failed"])
         if self._failed:
+            self._failure = f"it had stopped before time {time}, in the run that was continued"
             _log.error(
                 "tracking had stopped at time %d when this state was saved, training went on without "
                 "it: it stays stopped. To track from here on start a new tracker in a new folder.",
                 time,
             )
-        devices = {name: p.device for name, p in self._parameters().items()}
-        self._averages = {
-            name: tensor.detach().to(device=devices[name], dtype=torch.float32, copy=True)
-            for name, tensor in state["averages"].items()
-        }
+        self._forget_averages()
+        if state["averages"]:
+            averages = self._new_averages(self._model.averaged())
+            for name, stack in state["averages"].items():
+                averages.load(name, stack.detach())
+            self._averages = averages
 
     def restart(self) -> None:
         """Discard what the folder holds of this run and begin at time 0, under the same run id."""
+        self.flush()
         if (self._folder / MANIFEST).exists():
             if self._store is not None:
                 self._store.close()
             held = SnapshotStore.open(self._folder)
             self._store = SnapshotStore.resume(
-                self._folder, run_id=held.run_id, clock=self._clock, table=self._table, time=0
+                self._folder,
+                run_id=held.run_id,
+                clock=self._clock,
+                table=self._model.table,
+                time=0,
             )
             self._run_id = held.run_id
         self._folder_is_taken = False
-        self._averages = {}
-        self._time = self._last_update = self._steps = self._pending = 0
+        self._forget_averages()
+        self._time = self._last_update = self._steps = self._pending = self._stored_at = 0
+
+    def _forget_averages(self) -> None:
+        if self._averages is not None:
+            self._averages.close()
+        self._averages = None
 
     # ---- ending
 
     def close(self) -> None:
-        """Stop tracking: take the hook off the optimizer and give the folder free."""
+        """Stop tracking: the hook goes, what is being written is finished, the folder is given free."""
         self._detach()
         self._detach = lambda: None
         self._stopped = True
-        if self._store is not None:
-            self._store.close()
+        try:
+            self.flush()
+        finally:
+            if self._averages is not None:
+                self._averages.close()
+            if self._store is not None:
+                self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -508,21 +646,44 @@ class Tracker:
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Run `action`; with on_error="warn", an error is logged and training goes on."""
+        self._raise_from_job()
+        self._busy = True
         try:
             action()
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            if isinstance(error, SnapshotWriteError):
-                _log.error("snapshot at time %d not stored: %s", self._time, error)
-                return  # the averages are whole; the next snapshot may succeed
-            self._stopped = self._failed = True
-            _log.exception("tracking stopped at time %d, training goes on: %s", self._time, error)
+            self._report(error)
         finally:
-            if self._failed and not self._stopped:  # Ctrl-C in the middle of an update
+            self._busy = False
+            self._failed |= self._updating
+            if self._updating and not self._stopped:  # Ctrl-C in the middle of an update
                 self._stopped = True
+                self._failure = "an update was interrupted between two tensors"
                 _log.error(
                     "tracking stopped at time %d: an update was interrupted between two tensors. "
                     "Resume from the last checkpoint.",
                     self._time,
                 )
+
+    def _job_failed(self, error: Exception) -> None:
+        """Called in the background, with what storing a snapshot raised."""
+        if self._on_error == "raise":
+            self._job_error = error
+        else:
+            self._report(error)
+
+    def _raise_from_job(self) -> None:
+        error, self._job_error = self._job_error, None
+        if error is not None:
+            raise error
+
+    def _report(self, error: Exception) -> None:
+        if isinstance(error, SnapshotWriteError):
+            _log.error("snapshot at time %d not stored: %s", self._taken_at, error)
+            return  # the averages are whole; the next snapshot may succeed
+        self._stopped = self._failed = True
+        self._failure = str(error) or type(error).__name__
+        _log.error(
+            "tracking stopped at time %d, training goes on: %s", self._time, error, exc_info=error
+        )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from posthoc_ema.torch.averaging import new_stack, update_stack, weight_columns
+from posthoc_ema.torch.averaging.eager import new_stack, update_stack, weight_columns
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4), (300, 1000)])

@@ -11,7 +11,7 @@ from torch import nn
 
 from posthoc_ema import TrackingError, plan_synthesis, synthesize, synthesize_to_files
 from posthoc_ema.torch import Tracker
-from posthoc_ema.torch.parameters import live, named_tensors, tensor_table, to_numpy
+from posthoc_ema.torch.parameters import TrackedModel, named_tensors, tensor_table, to_numpy
 
 from .torch_models import Network, Scalar, train
 
@@ -199,7 +199,7 @@ def test_parametrized_weights_are_tracked_by_their_factors(tmp_path):
 
 def test_live_tensors_are_the_models_own():
     model = Network()
-    found = live(model, tensor_table(model))
+    found = TrackedModel(model).live()
     assert found["embed.weight"] is model.embed.weight
     assert "head.weight" not in found
 

@@ -316,6 +316,7 @@ def test_snapshot_is_aligned_with_the_last_step(folder):
         with torch.no_grad():
             model.w.fill_(float(step))
         tracker.step()
+    tracker.flush()
     gamma = float(gamma_from_sigma_rel(0.28))
     expected = power_average([4.0, 8.0, 10.0], [4, 8, 10], gamma)
     assert synthesize(folder, 0.28)["w"].item() == pytest.approx(expected, rel=1e-6)
@@ -533,6 +534,7 @@ def test_full_disk_is_logged_and_tracking_goes_on(folder, caplog, monkeypatch):
     tracker = Tracker(model, folder, every=2, dtype="float32")
     for _ in range(2):
         tracker.step()
+    tracker.flush()
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -541,6 +543,7 @@ def test_full_disk_is_logged_and_tracking_goes_on(folder, caplog, monkeypatch):
         patch.setattr("os.pwrite", full)
         for _ in range(2):
             tracker.step()
+        tracker.flush()
     (record,) = caplog.records
     assert "snapshot at time 4 not stored" in record.getMessage()
     assert "No space left" in record.getMessage()

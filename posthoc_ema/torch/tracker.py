@@ -218,7 +218,7 @@ class Tracker:
         self._store: SnapshotStore | None = None
         self._jobs = Background(self._job_failed) if background else None
         self._job_error: Exception | None = None
-        self._stopped = self._failed = self._thinning_failed = False
+        self._stopped = self._failed = self._thinning_failed = self._has_diverged = False
         self._failure: str | None = None
         self._busy = self._updating = self._swapped = False
         self._detach: Callable[[], None] = lambda: None
@@ -347,17 +347,20 @@ class Tracker:
             raise TrackingError(
                 "a snapshot needs at least one step; time 0 never enters an average."
             )
-        if self._swapped:
-            raise TrackingError(
-                "no snapshot can be taken while averages are swapped into the model: its weights are "
-                "not the trained ones. Take it outside of `with tracker.swapped(...)`."
-            )
+        self._refuse_swapped("a snapshot")
         self._wait()
         self._written = []
         if not self._failed:
             self._guarded(self._snapshot)
             self.flush()
         return list(self._written)
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise TrackingError(
+                f"{what} cannot be taken while averages are swapped into the model: its weights are not "
+                "the trained ones. Take it outside of `with tracker.swapped(...)`."
+            )
 
     def flush(self) -> None:
         """Wait until everything that was begun in the background is done.
@@ -465,12 +468,26 @@ class Tracker:
         return TakenSnapshot(self._time, taken, copied)
 
     def _write(self, store: SnapshotStore, taken: TakenSnapshot) -> None:
+        self._check_finite(taken)
         records = taken.add_to(store, self._dtype, replace_raw=self._raw == "last")
         self._stored_at = taken.time
         self._num_snapshots += 1
         if self._keep is not None:
             self._thin_out(store, self._keep)
         self._written = [r for r in records if store.find(r.time, r.profile)]
+
+    def _check_finite(self, taken: TakenSnapshot) -> None:
+        """Say once that the averages have diverged: nothing else would, they never recover."""
+        name = None if self._has_diverged else taken.first_not_finite()
+        if name is not None:
+            self._has_diverged = True
+            _log.warning(
+                "the averages at time %d are not finite (first in %r): the weights had NaN or infinite "
+                "values since the last snapshot, and an average keeps them for ever. Continue from a "
+                "checkpoint before that.",
+                taken.time,
+                name,
+            )
 
     def _thin_out(self, store: SnapshotStore, keep: int) -> None:
         """Keep the budget; a damaged old file stops neither training nor storing."""
@@ -500,7 +517,13 @@ class Tracker:
     # ---- evaluating
 
     def swapped(
-        self, model: nn.Module | None = None, *, sigma_rel: float, train: bool = False
+        self,
+        model: nn.Module | None = None,
+        *,
+        sigma_rel: float,
+        at: int | None = None,
+        train: bool | None = False,
+        snapshot: bool = False,
     ) -> AbstractContextManager[nn.Module]:
         """Put the average of one length into the model for the time of a `with` block.
 
@@ -509,14 +532,16 @@ class Tracker:
         Args:
             model: the module that takes the average; the tracked one by default.
             sigma_rel: a tracked length; or any other, which is synthesized from the stored snapshots.
-            train: leave the module in the mode it is in; by default it is in evaluation mode.
+            at: stored time at which the average ends; now by default (other lengths: the last stored).
+            train: train flag inside: False evaluates, True trains, None leaves it as it is.
+            snapshot: store the averages of now first, so that a length that is not tracked ends now.
 
         Returns:
             A context manager that gives the module.
         """
         from posthoc_ema.torch.swap import swapped
 
-        return swapped(self, model or self._model.module, sigma_rel=sigma_rel, train=train)
+        return swapped(self, model, sigma_rel=sigma_rel, at=at, train=train, snapshot=snapshot)
 
     # ---- resuming
 
@@ -527,7 +552,11 @@ class Tracker:
             A dict of plain numbers and strings, and under "averages" name -> float32 tensor of shape
             (num_profiles, *shape), live ones or copies. Fit for `torch.save` (it loads with
             weights_only=True).
+
+        Raises:
+            TrackingError: averages are swapped into the model, whose weights a checkpoint would hold.
         """
+        self._refuse_swapped("a checkpoint")
         self.flush()
         averages = self._averages
         return {

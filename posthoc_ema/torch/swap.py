@@ -1,0 +1,327 @@
+"""Averages in a model for a while, and the weights back afterwards, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import update_bn
+
+from posthoc_ema.codecs import AnyArray
+from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.synthesis import synthesize
+from posthoc_ema.torch.parameters import named_tensors
+from posthoc_ema.torch.peft_names import adapter_tensors
+
+if TYPE_CHECKING:
+    from posthoc_ema.torch.tracker import Tracker
+
+_in_use: set[int] = set()
+"""Ids of the tensors that hold averages now; each is kept alive by the context that put it here."""
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether some tensors of the model hold averages now, see `swap_in`."""
+    if not _in_use:
+        return False
+    return any(id(p) in _in_use for p in model.parameters()) or any(
+        id(b) in _in_use for b in model.buffers()
+    )
+
+
+# ---- putting tensors into a module and back
+
+
+@contextlib.contextmanager
+def swap_in(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor | AnyArray],
+    *,
+    train: bool | None = False,
+) -> Iterator[nn.Module]:
+    """Put tensors into a module for the length of a `with` block.
+
+    Values are copied into the live tensors in place, so optimizers, tied weights, DistributedDataParallel
+    and torch.compile keep what they hold. At the end, by an exception too, the module has its weights,
+    its buffers (all of them) and the train flag of every submodule as they were, bit for bit. A step of
+    an optimizer on the swapped weights is refused before it changes anything.
+
+    Args:
+        model: the module; wrappers are fine. It needs memory for a copy of what is replaced, on its
+            own device.
+        tensors: name -> values of the tensor's shape, under the names of the bare model's state_dict;
+            tensors that are not named stay as they are. Each takes the dtype and device of its target.
+        train: train flag of the model inside: False evaluates (dropout off), True trains, None leaves
+            the flags alone.
+
+    Yields:
+        The module.
+
+    Raises:
+        TrackingError: a name or shape is not the model's, or the model is swapped already.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with swap_in(model, {"weight": torch.zeros(1, 1), "bias": torch.ones(1)}):
+        ...     print(model(torch.tensor([5.0])).item(), model.training)
+        1.0 False
+        >>> model.training
+        True
+    """
+    if is_swapped(model):
+        raise TrackingError(
+            "the model is swapped already, and swaps do not nest. Leave the first `with` block before "
+            "the second."
+        )
+    targets = _targets(model, tensors)
+    backup = _Backup(model, [target for target, _ in targets])
+    _in_use.update(id(target) for target, _ in targets)
+    try:
+        with _no_steps(targets):
+            _reshard(model)
+            for target, values in targets:
+                _fill(target, values)
+            if train is not None:
+                model.train(train)
+            yield model
+    finally:
+        try:
+            _reshard(model)
+            backup.restore()
+        finally:
+            _in_use.difference_update(id(target) for target, _ in targets)
+
+
+def _targets(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor | AnyArray]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(live tensor, its new values), tied tensors once; nothing has been changed yet."""
+    live = adapter_tensors(model) or {}
+    if not tensors.keys() <= live.keys():
+        live |= dict(named_tensors(model, "all"))
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, given in tensors.items():
+        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        if name not in live:
+            raise TrackingError(
+                f"{name!r} is no tensor of this {type(model).__name__}. Swap into the model that was "
+                "tracked, or one of the same class and configuration."
+            )
+        if live[name].shape != values.shape:
+            raise TrackingError(
+                f"{name!r} has shape {tuple(live[name].shape)} in this model and {tuple(values.shape)} in "
+                "the average. Swap into a model of the same configuration."
+            )
+        found[id(live[name])] = (live[name], values)
+    return list(found.values())
+
+
+def _fill(target: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        target.copy_(values)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2: drop gathered weights, which would be stale once their shards change."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and hasattr(module, "unshard"):
+            reshard()
+
+
+@contextlib.contextmanager
+def _no_steps(targets: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    ids = {id(target) for target, _ in targets}
+
+    def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+            raise TrackingError(
+                f"{type(optimizer).__name__}.step() inside `swapped`: it would train the averages, and "
+                "the step would be lost. Leave the `with` block before you train."
+            )
+
+    handle = register_optimizer_step_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Backup:
+    """What a module has to get back.
+
+    Args:
+        model: the module.
+        replaced: its tensors that will hold other values; all buffers are saved as well.
+    """
+
+    def __init__(self, model: nn.Module, replaced: list[torch.Tensor]) -> None:
+        ids = {id(tensor) for tensor in replaced}
+        self._flags = [(module, module.training) for module in model.modules()]
+        self._slots: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        self._values: dict[int, torch.Tensor] = {}
+        for module in model.modules():
+            parameters = [item for item in module._parameters.items() if id(item[1]) in ids]
+            self._save(module._parameters, parameters)
+            self._save(module._buffers, list(module._buffers.items()))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _save(
+        self, owner: dict[str, Any], items: Sequence[tuple[str, torch.Tensor | None]]
+    ) -> None:
+        for key, tensor in items:
+            if tensor is None:
+                continue
+            self._slots.append((owner, key, tensor))
+            if id(tensor) not in self._values:  # tied tensors have several slots
+                self._values[id(tensor)] = tensor.detach().clone()
+
+    def restore(self) -> None:
+        """Put everything back, also into tensors that were re-assigned, moved or cast meanwhile."""
+        self.restore_flags()
+        for owner, key, tensor in self._slots:
+            if owner.get(key) is not tensor:
+                owner[key] = tensor
+            values = self._values[id(tensor)]
+            as_before = tensor.dtype == values.dtype and tensor.device == values.device
+            if as_before and tensor.shape == values.shape:
+                _fill(tensor, values)
+            else:
+                tensor.data = values
+
+    def restore_flags(self) -> None:
+        """Put the train flag of every submodule back."""
+        for module, flag in self._flags:
+            module.training = flag
+
+
+# ---- averages of a tracker
+
+
+@contextlib.contextmanager
+def swapped(
+    tracker: Tracker,
+    model: nn.Module | None = None,
+    *,
+    sigma_rel: float,
+    at: int | None = None,
+    train: bool | None = False,
+    snapshot: bool = False,
+) -> Iterator[nn.Module]:
+    """Evaluate an average while training runs: it is in the model for the length of a `with` block.
+
+    A tracked length without `at` is the average in memory, as of the last update: nothing is read. Any
+    other length, or time, is synthesized from the stored snapshots, in host memory (4 bytes per
+    parameter), with the buffers of that time; it ends at the last *stored* time unless `snapshot` asks
+    for one of now.
+
+    Args:
+        tracker: what tracks the model.
+        model: where the average goes; the tracked model by default. It may be wrapped, or another
+            instance of the same class.
+        sigma_rel: relative length in (0, 0.2887].
+        at: stored training time at which the average ends; by default now (tracked lengths) or the
+            last stored one.
+        train: train flag inside, see `swap_in`.
+        snapshot: store the averages as of now first, if the length is not a tracked one.
+
+    Yields:
+        The model.
+
+    Raises:
+        TrackingError: nothing has been averaged yet, or what `swap_in` raises.
+        SnapshotNotFoundError: nothing is stored, or nothing at `at`.
+        InvalidProfileError: sigma_rel lies outside the family.
+
+    Example:
+        >>> import tempfile
+        >>> from posthoc_ema.torch import Tracker
+        >>> model = torch.nn.Linear(1, 1)
+        >>> tracker = Tracker(model, tempfile.mkdtemp() + "/snapshots", sigma_rels=(0.1,), every=1)
+        >>> before = model.weight.item()
+        >>> tracker.step()
+        >>> _ = model.weight.data.fill_(7.0)
+        >>> with swapped(tracker, sigma_rel=0.1):
+        ...     model.weight.item() == before
+        True
+        >>> model.weight.item()
+        7.0
+    """
+    model = tracker._model.module if model is None else model
+    tensors: Mapping[str, torch.Tensor | AnyArray]
+    if at is None and sigma_rel in tracker.sigma_rels:
+        tensors = tracker.averages(sigma_rel)
+    else:
+        if snapshot and at is None:
+            tracker.snapshot()
+        tracker.flush()
+        tensors = synthesize(tracker.store, sigma_rel, at)
+    with swap_in(model, tensors, train=train):
+        tracker._swapped = model_is_tracked = is_swapped(tracker._model.module)
+        try:
+            yield model
+        finally:
+            if model_is_tracked:
+                tracker._swapped = False
+
+
+# ---- BatchNorm
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
+) -> None:
+    """Recompute the running statistics of BatchNorm layers for the weights that are in the model now.
+
+    Statistics belong to weights: those that training gathered fit the raw weights, not an average. Call
+    it inside `swapped` (the statistics of training come back at its end), or on a model that was loaded
+    with synthesized weights. Each statistic becomes the mean over the batches
+    (`torch.optim.swa_utils.update_bn`). The model runs in train mode meanwhile, dropout included; its
+    train flags are put back.
+
+    Args:
+        model: the module; nothing happens if it has no BatchNorm.
+        batches: inputs of the model, or tuples and lists whose first element is one. A few hundred
+            samples do; they should be training data.
+        device: where inputs are moved first; by default they stay where they are.
+
+    Raises:
+        ConfigError: there was no batch; the statistics are as before.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> recalibrate_batchnorm(model, [torch.tensor([[1.0], [3.0]])])
+        >>> model[0].running_mean.item()
+        2.0
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    backup = _Backup(model, [])
+    count = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal count
+        for batch in batches:
+            count += 1
+            yield batch
+
+    done = False
+    try:
+        where = None if device is None else torch.device(device)
+        update_bn(counted(), model, where)
+        done = count > 0 or not layers
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        backup.restore_flags() if done else backup.restore()
+    if not done:
+        raise ConfigError(
+            "recalibrate_batchnorm needs at least one batch, got none. Pass batches of inputs, such as "
+            "a DataLoader of training data."
+        )

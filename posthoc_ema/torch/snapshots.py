@@ -60,6 +60,13 @@ class TakenSnapshot:
             copied=_host(self.copied),
         )
 
+    def first_not_finite(self) -> str | None:
+        """Name of the first averaged tensor with a value that is not finite; None if there is none."""
+        any_average = next(iter(self.averages.values()))  # a NaN enters them all
+        return next(
+            (n for n, tensor in any_average.items() if not bool(tensor.isfinite().all())), None
+        )
+
     def add_to(
         self, store: SnapshotStore, dtype: str, *, replace_raw: bool = True
     ) -> list[SnapshotRecord]:

@@ -20,7 +20,7 @@ from posthoc_ema.errors import (
     SnapshotFormatError,
     SnapshotMismatchError,
 )
-from posthoc_ema.manifest import own_description
+from posthoc_ema.manifest import own_description, read_manifest
 from posthoc_ema.profiles import PointProfile
 from posthoc_ema.snapshot import (
     SnapshotMetadata,
@@ -113,6 +113,11 @@ class SnapshotFolder:
             SnapshotMismatchError: it holds tensors of another model.
         """
         path = self.path(record)
+        if not path.exists() and self._was_taken_out(record):
+            raise SnapshotFormatError(
+                f"{path}: a run or `phema prune` has taken this file out of the store since it was "
+                "opened. Run the command again (open the store again)."
+            )
         header = read_header(path)
         own = own_description(path, header)
         if own.get("run_id") != self.run_id:
@@ -131,6 +136,13 @@ class SnapshotFolder:
         if not isinstance(digests, str) or len(digests) != 16 * len(names):
             raise SnapshotFormatError(f"{path}: its table of checksums is malformed.")
         return header, {n: digests[16 * i : 16 * i + 16] for i, n in enumerate(names)}
+
+    def _was_taken_out(self, record: SnapshotRecord) -> bool:
+        """Whether the manifest on disk does not list the file of a record any more."""
+        try:
+            return record.file not in {r.file for r in read_manifest(self.folder).records}
+        except SnapshotError:
+            return False
 
     def reader(
         self,

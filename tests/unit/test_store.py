@@ -626,3 +626,13 @@ def test_a_store_is_written_from_any_thread(folder):
         assert len(pool.submit(store.add, 40, averages_of(40)).result()) == len(averages_of(40))
         pool.submit(store.close).result()
         resume(folder).close()
+
+
+def test_reader_that_is_overtaken_by_a_writer_is_told_to_open_again(folder):
+    reader = SnapshotStore.open(folder)
+    first, *_, last = reader.records
+    with SnapshotStore.edit(folder) as store:
+        store.remove([first])
+    with pytest.raises(SnapshotFormatError, match=r"since it was opened\. Run the command again"):
+        reader.header(first)
+    reader.header(last)

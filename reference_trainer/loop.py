@@ -82,13 +82,12 @@ def train(
             return TrainResult(folder, checkpoint.nimg, checkpoint.nimg)
         batches = new_batches(dataset, config, target)
         state = new_state(config, folder, target)
-        try:
+        with contextlib.ExitStack() as stack:
+            for tracker in state.trackers.values():
+                stack.enter_context(tracker)
             begin(state, config, checkpoint, damaged, log)
             started_at = state.nimg
             run(state, batches, config, folder, log)
-        finally:
-            for tracker in state.trackers.values():
-                tracker.close()
     return TrainResult(folder, state.nimg, started_at)
 
 

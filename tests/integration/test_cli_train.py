@@ -255,7 +255,7 @@ def test_a_full_disk_stops_training_with_one_line_and_the_same_command_completes
     phema("synth", "run", "--sigma-rel", "0.05", "--out", "a.safetensors").succeeded()
 
     done = process(*words)
-    assert (done.code, done.out) == (0, "run: trained to 768 images; snapshots in run/snapshots\n")
+    assert (done.code, done.out) == (0, "run: trained to 1536 images; snapshots in run/snapshots\n")
     phema("verify", "run").succeeded()
     process("train", *tiny, *LONGER, "--out", "undisturbed").succeeded()
     expected = averages(tmp_path / "undisturbed" / "snapshots")

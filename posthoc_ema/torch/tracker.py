@@ -40,6 +40,7 @@ from posthoc_ema.torch.parameters import SELECTIONS, TrackedModel
 from posthoc_ema.torch.retaining import thin_out
 from posthoc_ema.torch.snapshots import LazyTensors, TakenSnapshot
 from posthoc_ema.torch.state import STATE_SCHEMA, check_state
+from posthoc_ema.torch.swap import swapped
 
 _log = logging.getLogger("posthoc_ema")
 
@@ -527,20 +528,29 @@ class Tracker:
     ) -> AbstractContextManager[nn.Module]:
         """Put the average of one length into the model for the time of a `with` block.
 
-        See `posthoc_ema.torch.swap.swapped`, which does the work.
+        The weights, the buffers and the train flags come back at its end, by an exception too. See
+        `posthoc_ema.torch.swap.swapped`, which does the work.
 
         Args:
             model: the module that takes the average; the tracked one by default.
-            sigma_rel: a tracked length; or any other, which is synthesized from the stored snapshots.
-            at: stored time at which the average ends; now by default (other lengths: the last stored).
-            train: train flag inside: False evaluates, True trains, None leaves it as it is.
-            snapshot: store the averages of now first, so that a length that is not tracked ends now.
+            sigma_rel: a tracked length: its average in memory; any other is synthesized from what is
+                stored.
+            at: stored training time at which the average ends.
+            train: train flag inside; None leaves the flags alone.
+            snapshot: store a snapshot first, if the length is not a tracked one.
 
         Returns:
             A context manager that gives the module.
-        """
-        from posthoc_ema.torch.swap import swapped
 
+        Example:
+            >>> import tempfile, torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> tracker = Tracker(model, tempfile.mkdtemp() + "/snapshots", every=1)
+            >>> tracker.step()
+            >>> with tracker.swapped(sigma_rel=0.07) as network:
+            ...     network.training
+            False
+        """
         return swapped(self, model, sigma_rel=sigma_rel, at=at, train=train, snapshot=snapshot)
 
     # ---- resuming

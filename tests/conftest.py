@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDERS = ("unit", "property", "golden", "integration", "slow", "benchmarks")
+FOLDERS = ("unit", "property", "golden", "contract", "integration", "slow", "benchmarks")
 
 
 def pytest_collection_modifyitems(items):

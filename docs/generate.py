@@ -9,6 +9,7 @@ from pathlib import Path
 
 COMMANDS = (
     "demo",
+    "track",
     "train",
     "sample",
     "evaluate",

@@ -23,6 +23,7 @@ from phema.commands import (
     sample,
     sweep,
     synth,
+    track,
     train,
     verify,
 )
@@ -41,6 +42,7 @@ app = typer.Typer(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.command,
+    "track": track.command,
     "train": train.command,
     "sample": sample.command,
     "evaluate": evaluate.command,
@@ -78,7 +80,11 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 for _name, _command in _COMMANDS.items():
     # Without arguments most commands have nothing to do: show how to use them.
-    app.command(_name, no_args_is_help=_name != "demo")(_guarded(_command))
+    # The words behind `track` are another command's: its options are not ours.
+    settings = {"allow_interspersed_args": False} if _name == "track" else None
+    app.command(_name, no_args_is_help=_name != "demo", context_settings=settings)(
+        _guarded(_command)
+    )
 
 
 def _version(wanted: bool) -> None:

@@ -9,7 +9,8 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import nn
 
-from posthoc_ema.errors import TrackingError
+from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.torch.stepping import follow, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 
@@ -24,14 +25,19 @@ class TrackerOptions(TypedDict, total=False):
     keep: int | None
     keep_range: tuple[float, float]
     raw: Literal["last", "all", "none"]
+    tensors: Literal["auto", "all", "trainable"]
     resume: bool
     run_id: str | None
     metadata: Mapping[str, str] | None
+    device: str | torch.device | None
+    kernel: Literal["auto", "eager", "compiled", "triton"]
+    average_dtype: Literal["float32", "bfloat16"]
+    background: bool
     on_error: Literal["warn", "raise"]
 
 
 def track(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
@@ -40,20 +46,27 @@ def track(
 ) -> Tracker:
     """Track averages of `model` after each step of `optimizer`, without touching the training loop.
 
+    A step counts once however it is made: with closures, through `super().step()`, inside an optimizer
+    that wraps another, compiled. One that a GradScaler makes do nothing does not count. With several
+    optimizers an iteration counts once, when all of them have stepped.
+
     Args:
-        optimizer: the optimizer that trains the model; a hook after its `step` is registered.
+        optimizer: the optimizer that trains the model, or all of them if there are several; hooks
+            before and after their `step` are registered.
         model: the module that is trained.
         folder: where the snapshots go.
         every: store a snapshot whenever training time passes a multiple of this; None for none.
         **options: further arguments of `Tracker`: `sigma_rels`, `clock`, `samples_per_step`,
-            `update_every`, `dtype`, `keep`, `keep_range`, `raw`, `resume`, `run_id`, `metadata`, `on_error`.
+            `update_every`, `dtype`, `keep`, `keep_range`, `raw`, `tensors`, `resume`, `run_id`, `metadata`,
+            `device`, `kernel`, `average_dtype`, `background`, `on_error`.
 
     Returns:
         The tracker. Save `tracker.state_dict()` with your checkpoints; `tracker.close()` takes the
-        hook off again.
+        hooks off again.
 
     Raises:
         TrackingError: the optimizer trains a parameter that the model does not have.
+        ConfigError: no optimizer was given, or an option is wrong.
 
     Example:
         >>> import tempfile, torch
@@ -65,8 +78,11 @@ def track(
         >>> tracker.time
         1
     """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    if not optimizers:
+        raise ConfigError("track needs at least one optimizer, got an empty list.")
     owned = {id(parameter) for parameter in model.parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for each in optimizers for p in parameters_of(each)]
     foreign = [p for p in trained if id(p) not in owned]
     if foreign:
         raise TrackingError(
@@ -74,6 +90,5 @@ def track(
             f"{type(model).__name__}. Pass the module whose parameters the optimizer was given."
         )
     tracker = Tracker(model, folder, every=every, **options)
-    handle = optimizer.register_step_post_hook(lambda *_: tracker.step())
-    tracker._detach = handle.remove
+    _, tracker._detach = follow(optimizers, tracker.step)
     return tracker

@@ -1,0 +1,304 @@
+"""One model that `phema track` tracks: its tracker, its saved states, its reports."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from posthoc_ema.errors import PhemaError
+from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.torch.launch_models import class_name
+from posthoc_ema.torch.launch_resume import (
+    STATE_FOLDER,
+    Mark,
+    extra_of,
+    find_state,
+    mark_of,
+)
+from posthoc_ema.torch.state_files import load_state, remove_state, save_state, saved_states
+from posthoc_ema.torch.stepping import Iterations, parameters_of
+from posthoc_ema.torch.tracker import Tracker
+
+_log = logging.getLogger("posthoc_ema")
+DEFAULT_EVERY = 1000
+_CHECKPOINTS = 2
+"""States kept for checkpoints of the script's: it may be killed while it writes the newest."""
+_SAMPLE = 32
+
+
+class _Look(NamedTuple):
+    """What changes when someone writes to a parameter, or replaces its values; a move is neither."""
+
+    version: int
+    device: torch.device
+    address: int
+
+
+def tracker_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Tracker` from values of the options of `phema track`."""
+    samples = options["samples_per_step"]
+    names = (
+        "update_every",
+        "dtype",
+        "keep",
+        "raw",
+        "tensors",
+        "kernel",
+        "average_dtype",
+        "on_error",
+    )
+    chosen = {name: options[name] for name in names}
+    if options["shard_averages"]:
+        chosen["shard_averages"] = True
+    return {
+        **chosen,
+        "sigma_rels": tuple(options["sigma_rels"]),
+        "every": options["every"] or DEFAULT_EVERY * (samples or 1),
+        "clock": "images" if samples else "steps",
+        "samples_per_step": samples,
+        "keep_range": tuple(options["keep_range"]),
+        "device": None if options["device"] == "auto" else options["device"],
+    }
+
+
+class TrackedRun:
+    """A model that is tracked in this process.
+
+    Args:
+        module: the model.
+        optimizers: that train it, the one that steps first in an iteration first.
+        folder: of the snapshots.
+        mark: where the first optimizer stood before its first step in this process.
+        options: values of the options of `phema track`.
+        note: appends a line to the events of this run of `phema track`.
+
+    Raises:
+        TrackingError: the folder holds snapshots, and no saved state belongs to `mark`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        folder: Path,
+        mark: Mark,
+        options: Mapping[str, Any],
+        note: Callable[[str, str], None],
+    ) -> None:
+        self.name = class_name(module)
+        self.iterations = Iterations(self.count, optimizers)
+        self._module = module
+        self._leader = optimizers[0]
+        self._note = note
+        self._options = options
+        self._states = folder / STATE_FOLDER if options["states"] == "on" else None
+        self._checkpoints: list[
+            int
+        ] = []  # times at which the script asked for its optimizer's state
+        self._snapshot_state: int | None = None
+        self._followed: set[int] = set()
+        self._working = False
+        self._ended = False
+        self._notes: list[str] = []
+        self._versions: tuple[_Look, ...] = ()
+        self._snapshot_wanted = False
+        taken = (folder / MANIFEST).exists()
+        found = None
+        if taken and not options["restart"]:
+            found = find_state(folder, mark, options["resume"] == "nearest")
+        self.tracker = Tracker(module, folder, resume=taken, **tracker_options(options))
+        if found is not None:
+            state = load_state(found.saved, self._averaged(module))
+            if found.gap:
+                # The next step stands for all that were made since: one update over the whole gap.
+                state["pending"] = (found.gap + 1) * (options["samples_per_step"] or 1)
+            self.tracker.load_state_dict(state)
+        elif taken:
+            self.tracker.restart()
+        self._continued = self.tracker.steps
+        self._drop_states(found.saved.time if found is not None else 0)
+
+    def _averaged(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        return dict(self.tracker._model.averaged())
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` trains parameters of this model."""
+        owned = {id(parameter) for parameter in self._module.parameters()}
+        return any(id(parameter) in owned for parameter in parameters_of(optimizer))
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Save the tracker's state whenever the script asks this optimizer for its own."""
+        if self._states is None or id(optimizer) in self._followed:
+            return
+        self._followed.add(id(optimizer))
+        optimizer.register_state_dict_post_hook(self._on_state_dict)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the averages or the store are being worked on right now."""
+        return self._working or self.tracker.busy
+
+    # ---- an iteration is over
+
+    def count(self) -> None:
+        """Count one iteration."""
+        tracker = self.tracker
+        if tracker.stopped:
+            return
+        self._working = True
+        try:
+            before = tracker.time
+            tracker.step()
+            every = self._every()
+            if tracker.time // every > before // every:
+                self._save("snapshot")
+                self.report()
+            self._versions = self._look()
+            if self._snapshot_wanted:
+                self._snapshot()
+            if tracker.stopped:
+                self.report()
+        finally:
+            self._working = False
+
+    def _every(self) -> int:
+        return int(tracker_options(self._options)["every"])
+
+    def request_snapshot(self) -> None:
+        """Store a snapshot now, or after the next step if the weights have been touched since the last."""
+        if self.iterations.open or not self.unchanged():
+            self._snapshot_wanted = True
+            return
+        self._working = True
+        try:
+            self._snapshot()
+        finally:
+            self._working = False
+
+    def _snapshot(self) -> None:
+        self._snapshot_wanted = False
+        if self.tracker.stopped or self.tracker.time == 0 or self._is_sharded():
+            return
+        self.tracker.snapshot()
+        self._save("snapshot")
+        self.report()
+
+    def _look(self) -> tuple[_Look, ...]:
+        parameters = parameters_of(self._leader)
+        some = parameters[:: max(1, len(parameters) // _SAMPLE)]
+        return tuple(
+            _Look(p._version, p.device, 0 if _is_dtensor(p) else p.data_ptr()) for p in some
+        )
+
+    def unchanged(self) -> bool:
+        """Whether the weights are, as far as can be seen, those that the last step left.
+
+        At its end a script may load its best weights, or a schedule-free optimizer show its average.
+        """
+        averaging = any(group.get("train_mode") is False for group in self._leader.param_groups)
+        pairs = zip(self._versions, self._look(), strict=False)
+        return not averaging and all(
+            then.version == now.version
+            and (then.device != now.device or then.address == now.address)
+            for then, now in pairs
+        )
+
+    def _is_sharded(self) -> bool:
+        return any(_is_dtensor(p) for p in parameters_of(self._leader))
+
+    # ---- states
+
+    def _on_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """The script makes a checkpoint: what resuming from it needs is saved before it is written."""
+        if self._ended or self.tracker.stopped or self._working:
+            return
+        self._working = True
+        try:
+            self.iterations.settle()
+        finally:
+            self._working = False
+        self._save("checkpoint")
+
+    def _save(self, reason: str) -> None:
+        tracker = self.tracker
+        if self._states is None or tracker.stopped or tracker.time == 0:
+            return
+        time = tracker.time
+        known = time in (*self._checkpoints, self._snapshot_state)
+        try:
+            if not known:
+                state = tracker.state_dict()
+                save_state(self._states, state, extra_of(mark_of(self._leader)))
+        except PhemaError as error:
+            _log.error("the state at time %d was not saved: %s", time, error)
+            return
+        if reason == "snapshot":
+            self._snapshot_state = time
+        elif time not in self._checkpoints:
+            self._checkpoints = [*self._checkpoints, time][-_CHECKPOINTS:]
+        self._drop_states(time)
+
+    def _drop_states(self, now: int) -> None:
+        """Remove states that are superseded, or later than now: of a future that is lost."""
+        if self._states is None:
+            return
+        kept = {*self._checkpoints, self._snapshot_state}
+        first = not self._checkpoints and self._snapshot_state is None
+        for saved in saved_states(self._states):
+            if saved.time > now or not (first or saved.time in kept):
+                remove_state(saved)
+            elif first:
+                self._checkpoints = [*self._checkpoints, saved.time][-_CHECKPOINTS - 1 :]
+
+    # ---- the end
+
+    def finish(self, store: bool) -> None:
+        """Count what is open, store the last averages, and say what was tracked.
+
+        Args:
+            store: False after an error: nothing is stored any more.
+        """
+        if self._ended:
+            return
+        self._working = True
+        try:
+            if store:
+                self.iterations.settle()
+                if self.unchanged():
+                    self._snapshot()
+            self.tracker.close()
+        except Exception as error:
+            _log.error("the last snapshot was not stored: %s", error, exc_info=error)
+        finally:
+            self._ended = True
+            self._working = False
+            self.report()
+
+    def report(self) -> None:
+        """Say how far tracking has got; the last word of a process counts."""
+        tracker = self.tracker
+        report = {
+            "model": self.name,
+            "folder": str(tracker.folder),
+            "clock": "images" if self._options["samples_per_step"] else "steps",
+            "time": tracker.time,
+            "steps": tracker.steps,
+            "continued": self._continued,
+            "snapshots": tracker.num_snapshots,
+            "sigma_rels": list(tracker.sigma_rels),
+            "failure": tracker.failure,
+            "ended": self._ended,
+            "notes": self._notes,
+        }
+        self._note("report", json.dumps(report))
+
+
+def _is_dtensor(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")

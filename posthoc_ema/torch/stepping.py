@@ -1,0 +1,242 @@
+"""From the hooks of optimizers to one event for each training iteration.
+
+An optimizer's hooks fire more often than training advances: twice where `step` calls `super().step()`,
+once more for a wrapper that is an optimizer itself, once for each of several optimizers of one model, and
+also when a GradScaler has made the step do nothing. `Iterations` counts what the weights have gone through.
+
+How a nested step is told from an outermost one: PyTorch puts one and the same wrapper (made by
+`Optimizer.profile_hook_step`) around the `step` of every class, and calls the hooks inside it. So the hook
+looks for frames of that wrapper on its own stack. Unlike a counter of steps that were begun, a stack cannot
+go wrong: an exception in `step` takes the frame with it. Tested on plain, compiled and wrapped optimizers.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import CodeType, FrameType
+
+import torch
+from torch.optim import Optimizer
+
+PATIENCE = 100
+"""Iterations after which an optimizer that does not step any more is not waited for."""
+
+
+def _wrapper_code() -> CodeType:
+    def step(self: Optimizer) -> None:
+        """Never called: only what PyTorch wraps around it matters."""
+
+    return Optimizer.profile_hook_step(step).__code__
+
+
+_CODE = _wrapper_code()
+
+
+def _is_step(frame: FrameType) -> bool:
+    """Whether this is the frame of PyTorch's wrapper, also as torch.compile rewrites it."""
+    code = frame.f_code
+    return code is _CODE or (
+        code.co_firstlineno == _CODE.co_firstlineno and code.co_filename == _CODE.co_filename
+    )
+
+
+def running_steps(frame: FrameType | None) -> list[Optimizer | None]:
+    """Optimizers whose `step` is running on the stack of `frame`, the innermost first.
+
+    An entry is None where a rewritten frame does not tell its optimizer.
+    """
+    found: list[Optimizer | None] = []
+    while frame is not None:
+        if _is_step(frame):
+            optimizer = frame.f_locals.get("self")
+            found.append(optimizer if isinstance(optimizer, Optimizer) else None)
+        frame = frame.f_back
+    return found
+
+
+def outer_step(optimizer: Optimizer) -> Optimizer | None:
+    """The outermost optimizer in whose `step` this one's runs; None if this step is an outermost one.
+
+    To be called in a hook of `optimizer`. A step inside that of an optimizer of other parameters (in its
+    closure, say) is an outermost one too: what it trains is done when it is done.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    depth = 0
+    while frame is not None:
+        depth += _is_step(frame)
+        frame = frame.f_back
+    if depth < 2:
+        return None
+    for outer in running_steps(sys._getframe(1))[:0:-1]:
+        if outer is None or outer is optimizer or _share(outer, optimizer):
+            return outer or optimizer
+    return None
+
+
+def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """All parameters of an optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _share(first: Optimizer, second: Optimizer) -> bool:
+    if first.param_groups is second.param_groups:
+        return True
+    return not {id(p) for p in parameters_of(first)}.isdisjoint(map(id, parameters_of(second)))
+
+
+class Outcome:
+    """Whether a step has moved the weights, which a GradScaler may leave to the device.
+
+    Fused optimizers are called with `found_inf` set, and do nothing where it is 1. On the CPU it is read at
+    once. A read on an accelerator would wait for all work before it, so the value is copied to pinned
+    memory, and looked at when the next step begins.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        found = getattr(optimizer, "found_inf", None)
+        self._value: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+        if not isinstance(found, torch.Tensor):
+            return
+        found = found.detach()
+        if found.is_cuda:
+            self._value = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self._value.copy_(found, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(found.device))
+        else:
+            self._value = found.clone()
+
+    @property
+    def known(self) -> bool:
+        """Whether `moved` answers without waiting for a device."""
+        return self._copied is None
+
+    def moved(self) -> bool:
+        """Whether the weights were changed by the step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._value is None or not bool(self._value.any())
+
+
+class Iterations:
+    """One call for each training iteration, however many optimizers take part in it.
+
+    An iteration is over when every optimizer that is expected has stepped. Which ones are is seen in the
+    iterations before; where one is left out (its step was skipped, or it steps more rarely), the iteration
+    is over when the first of them, or any one that has stepped already, is about to step again: the weights
+    are still those of its end.
+
+    Args:
+        count: called at the end of each iteration in which the weights have moved.
+        optimizers: those that are expected from the start; without any, the first iteration tells.
+    """
+
+    def __init__(self, count: Callable[[], None], optimizers: Iterable[Optimizer] = ()) -> None:
+        self._count = count
+        # Weak references, so that an optimizer that training has dropped is not waited for.
+        self._expected: dict[int, weakref.ref[Optimizer]] = {
+            id(o): weakref.ref(o) for o in optimizers
+        }
+        self._learning = not self._expected
+        self._missed: dict[int, int] = {}
+        self._stepped: dict[int, Outcome] = {}
+        self._seen: dict[int, weakref.ref[Optimizer]] = {}
+
+    @property
+    def open(self) -> bool:
+        """Whether something has stepped that is not counted yet."""
+        return bool(self._stepped)
+
+    def replace(self, optimizer: Optimizer, outer: Optimizer) -> None:
+        """Expect `outer` from now on instead of `optimizer`, whose steps run inside those of `outer`."""
+        self._expected = {
+            (id(outer) if key == id(optimizer) else key): (
+                weakref.ref(outer) if key == id(optimizer) else reference
+            )
+            for key, reference in self._expected.items()
+        }
+
+    def before(self, optimizer: Optimizer) -> None:
+        """To be called when an outermost step of `optimizer` is about to begin."""
+        if not self._stepped:
+            return
+        is_leader = next(iter(self._expected), None) == id(optimizer)
+        # One that joins in the middle of an iteration does not make one of its own.
+        leader_begins = is_leader and not self._expected.keys().isdisjoint(self._stepped)
+        if id(optimizer) in self._stepped or leader_begins:
+            self.settle()
+
+    def after(self, optimizer: Optimizer) -> None:
+        """To be called when an outermost step of `optimizer` has ended."""
+        self._stepped[id(optimizer)] = Outcome(optimizer)
+        self._seen[id(optimizer)] = weakref.ref(optimizer)
+        if self._learning or not self._expected.keys() <= self._stepped.keys():
+            return
+        outcomes = self._stepped.values()
+        if all(o.known for o in outcomes) or any(o.known and o.moved() for o in outcomes):
+            self.settle()
+
+    def settle(self) -> None:
+        """End the iteration now, if one is open: nothing will step before its weights are looked at."""
+        if not self._stepped:
+            return
+        stepped, self._stepped = self._stepped, {}
+        moved = any(outcome.moved() for outcome in stepped.values())
+        self._learn(stepped.keys())
+        if moved:
+            self._count()
+
+    def _learn(self, stepped: Iterable[int]) -> None:
+        self._learning = False
+        for key in stepped:
+            self._expected.setdefault(key, self._seen[key])
+            self._missed[key] = 0
+        for key in self._expected.keys() - set(stepped):
+            self._missed[key] = self._missed.get(key, 0) + 1
+        for key, reference in list(self._expected.items()):
+            if reference() is None or self._missed.get(key, 0) >= PATIENCE:
+                del self._expected[key]
+        self._seen.clear()
+
+
+def follow(
+    optimizers: Sequence[Optimizer], count: Callable[[], None]
+) -> tuple[Iterations, Callable[[], None]]:
+    """Call `count` after each iteration of these optimizers, by hooks on them.
+
+    Returns:
+        (the iterations, a function that takes the hooks off again).
+    """
+    iterations = Iterations(count, optimizers)
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    followed = {id(optimizer) for optimizer in optimizers}
+
+    def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        outer = outer_step(optimizer)
+        if outer is None:
+            iterations.before(optimizer)
+        elif id(outer) not in followed:
+            # A wrapper that is an optimizer itself: its step ends when the weights are final.
+            iterations.replace(optimizer, outer)
+            attach(outer)
+
+    def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if outer_step(optimizer) is None:
+            iterations.after(optimizer)
+
+    def attach(optimizer: Optimizer) -> None:
+        followed.add(id(optimizer))
+        handles.append(optimizer.register_step_pre_hook(before))
+        handles.append(optimizer.register_step_post_hook(after))
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+
+    for optimizer in optimizers:
+        attach(optimizer)
+    return iterations, detach

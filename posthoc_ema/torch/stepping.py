@@ -75,6 +75,14 @@ def outer_step(optimizer: Optimizer) -> Optimizer | None:
     return None
 
 
+def with_hooks(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, or the one inside a wrapper that has no hooks, as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks") and isinstance(inner, Optimizer):
+        return with_hooks(inner)
+    return optimizer
+
+
 def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     """All parameters of an optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -211,6 +219,7 @@ def follow(
     Returns:
         (the iterations, a function that takes the hooks off again).
     """
+    optimizers = [with_hooks(optimizer) for optimizer in optimizers]
     iterations = Iterations(count, optimizers)
     handles: list[torch.utils.hooks.RemovableHandle] = []
     followed = {id(optimizer) for optimizer in optimizers}

@@ -1,0 +1,113 @@
+"""The update as one loop that torch.compile writes: all profiles while a parameter passes by.
+
+One function for each number of profiles and dtype of the parameters, over flat memory of any length:
+nothing is compiled again for other shapes. The C++ that comes out needs a compiler on the machine; where
+there is none the eager kernel stands in.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+
+from posthoc_ema.torch.averaging.eager import EagerKernel
+from posthoc_ema.torch.averaging.gathering import Gathering
+from posthoc_ema.torch.averaging.memory import Shelf
+
+_log = logging.getLogger("posthoc_ema")
+
+SMALL = 131_072
+"""Parameters of at most so many elements are gathered: a call costs as much as copying that many."""
+_Update = Callable[[list[torch.Tensor], torch.Tensor, list[torch.Tensor]], None]
+
+
+def _update(
+    averages: list[torch.Tensor], parameter: torch.Tensor, weights: list[torch.Tensor]
+) -> None:
+    """Set a <- a + w (parameter - a) for each profile, in the form of `torch.lerp`: exact at weight 1."""
+    theta = parameter.to(torch.float32)
+    for average, weight in zip(averages, weights, strict=True):
+        difference = theta - average
+        forth, back = average + weight * difference, theta - (1 - weight) * difference
+        average.copy_(torch.where(weight < 0.5, forth, back))
+
+
+@functools.cache
+def compiled_update(num_profiles: int, dtype: torch.dtype, device: str) -> _Update:
+    """The compiled update for parameters of one dtype; it has run once, on numbers of its own.
+
+    Code of its own for each: torch.compile counts, and limits, what it compiles for one function.
+
+    Raises:
+        Exception: whatever the compiler says, for example that there is no C++ compiler.
+    """
+    code = _update.__code__.replace(co_name=f"update_{num_profiles}_{dtype}".replace(".", "_"))
+    function = types.FunctionType(code, globals())
+    update: _Update = torch.compile(function, dynamic=True, fullgraph=True)
+    averages = [torch.zeros(48, device=device) for _ in range(num_profiles)]
+    weights = [torch.tensor(0.5) for _ in range(num_profiles)]
+    with torch.no_grad():
+        update(averages, torch.zeros(48, dtype=dtype, device=device), weights)
+    return update
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that shares no storage object with others.
+
+    torch.compile would treat the rows of one tensor as one argument that is written twice, and copy it.
+    """
+    return torch.utils.dlpack.from_dlpack(tensor)
+
+
+class CompiledKernel:
+    """Updates the averages of a shelf by compiled loops; float32 averages only.
+
+    Args:
+        shelf: made with `small=SMALL` and `alignment=1`.
+    """
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._rows = [[apart(row) for row in region.rows] for region in shelf.regions]
+        self._gatherings = {
+            id(region): Gathering(region) for region in shelf.regions if not region.is_single
+        }
+        self._fallback: EagerKernel | None = None
+
+    def update(
+        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int, changed: bool
+    ) -> None:
+        """One update, see `EagerKernel.update`."""
+        if changed and self._fallback is None:
+            self._compile(tensors)
+        if self._fallback is not None:
+            self._fallback.update(tensors, weights, seed, changed)
+            return
+        scalars = [torch.tensor(weight, dtype=torch.float32) for weight in weights]
+        for region, rows in zip(self._shelf.regions, self._rows, strict=True):
+            if region.is_single:
+                theta = region.slots[0].flat(tensors[region.indices[0]])
+            else:
+                gathering = self._gatherings[id(region)]
+                if changed:
+                    gathering.prepare([tensors[i] for i in region.indices])
+                theta = gathering.values()
+            update = compiled_update(len(rows), theta.dtype, self._shelf.device.type)
+            update(rows, theta, scalars)
+
+    def _compile(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Compile what these tensors need before an average is touched; fall back where that fails."""
+        dtypes = {torch.float32, *(tensor.dtype for tensor in tensors)}
+        try:
+            for dtype in dtypes:
+                compiled_update(self._shelf.num_profiles, dtype, self._shelf.device.type)
+        except Exception as error:  # of many kinds: compilers, back ends, missing packages
+            _log.warning(
+                "kernel='compiled' does not work here (%s): the averages are updated by the eager kernel.",
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            )
+            self._fallback = EagerKernel(self._shelf)

@@ -15,6 +15,7 @@ from posthoc_ema.codecs import DTYPE_CODES, FLOATING, AnyArray
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.snapshot import TensorEntry, TensorTable
 from posthoc_ema.torch.peft_names import adapter_tensors
+from posthoc_ema.torch.sharding import check_can_be_tracked, is_sharded
 
 _log = logging.getLogger("posthoc_ema")
 
@@ -91,11 +92,6 @@ def _all_named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
-    if type(tensor).__name__ == "DTensor":
-        raise TrackingError(
-            f"{name!r} is sharded (DTensor); this version tracks whole tensors only. Track before "
-            "sharding, or on a replica."
-        )
     if tensor.is_meta:
         raise TrackingError(
             f"{name!r} is on the meta device and has no values; materialise the model before tracking."
@@ -168,9 +164,11 @@ class TrackedModel:
     """
 
     def __init__(self, module: nn.Module, selection: str = "auto") -> None:
+        check_can_be_tracked(module)
         self.module = module
         self.table = tensor_table(module, selection)
         self._selection = selection
+        self._sharded: dict[str, torch.Tensor] = {}
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """The parameters that are averaged, as they are now.
@@ -180,12 +178,18 @@ class TrackedModel:
         """
         parameters: dict[str, torch.Tensor] = {}
         for name, owner, key in self._slots:
-            parameter = owner._parameters.get(key)
+            parameter: torch.Tensor | None = owner._parameters.get(key)
             if parameter is None or tuple(parameter.shape) != self.table.entries[name].shape:
                 raise TrackingError(
                     f"parameter {name!r} was removed or reshaped while it was tracked. Start a new "
                     "tracker with a new folder for the changed model."
                 )
+            if is_sharded(parameter):
+                self._sharded[name] = parameter
+            elif name in self._sharded:
+                # FSDP2 has gathered it for a forward pass that no backward has followed; what the
+                # optimizer trains are the shards.
+                parameter = self._sharded[name]
             parameters[name] = parameter
         return parameters
 

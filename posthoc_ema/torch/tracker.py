@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -37,7 +38,9 @@ from posthoc_ema.torch.averaging import Averages
 from posthoc_ema.torch.averaging.averages import DTYPES, KERNELS
 from posthoc_ema.torch.background import Background
 from posthoc_ema.torch.parameters import SELECTIONS, TrackedModel
+from posthoc_ema.torch.ranks import Ranks
 from posthoc_ema.torch.retaining import thin_out
+from posthoc_ema.torch.sharding import local_part
 from posthoc_ema.torch.snapshots import LazyTensors, TakenSnapshot
 from posthoc_ema.torch.state import STATE_SCHEMA, check_state
 from posthoc_ema.torch.swap import swapped
@@ -130,6 +133,9 @@ class Tracker:
         average_dtype: "float32", or "bfloat16" with stochastic rounding for half the memory.
         background: write snapshots in a thread, from a copy in host memory, while training goes on;
             the next snapshot waits for the last. False writes before `step` returns.
+        shard_averages: with replicas (DistributedDataParallel), split the averages over the ranks by
+            rows; by default the first rank holds them all. Models that are sharded themselves (FSDP2,
+            DTensor) always have their averages sharded alike.
         on_error: "warn" logs an error inside the tracker once and lets training go on; "raise" raises
             (for one in the background, at the next call).
 
@@ -175,6 +181,7 @@ class Tracker:
         kernel: Literal["auto", "eager", "compiled", "triton"] = "auto",
         average_dtype: Literal["float32", "bfloat16"] = "float32",
         background: bool = True,
+        shard_averages: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         _positive("every", every)
@@ -208,6 +215,10 @@ class Tracker:
         self._metadata = dict(metadata or {})
         self._on_error = on_error
         self._model = TrackedModel(model, tensors)
+        self._ranks = Ranks.of(
+            model, self._model.live(), list(self._model.averaged()), shard_averages
+        )
+        self._begun = self._due = False
         self._averages: Averages | None = None
         self._time = self._last_update = self._steps = self._pending = 0
         self._taken_at = 0  # time of the last snapshot that was begun
@@ -223,7 +234,7 @@ class Tracker:
         self._failure: str | None = None
         self._busy = self._updating = self._swapped = False
         self._detach: Callable[[], None] = lambda: None
-        self._folder_is_taken = (self._folder / MANIFEST).exists()
+        self._folder_is_taken = self._ranks.writes and (self._folder / MANIFEST).exists()
         if self._folder_is_taken and not resume:
             held = SnapshotStore.open(self._folder)
             raise SnapshotMismatchError(
@@ -256,9 +267,12 @@ class Tracker:
 
     @property
     def store(self) -> SnapshotStore:
-        """The store that snapshots go to, with all of them; made when it is first needed."""
+        """The store that snapshots go to, with all of them; made when it is first needed.
+
+        On ranks that do not write it, it is open for reading.
+        """
         self._wait()
-        return self._open_store()
+        return self._open_store() if self._ranks.writes else SnapshotStore.open(self._folder)
 
     @property
     def num_snapshots(self) -> int:
@@ -283,11 +297,18 @@ class Tracker:
     def averages(self, sigma_rel: float) -> dict[str, torch.Tensor]:
         """The tracked averages of one length as they are now: name -> float32 tensor.
 
-        The tensors are for reading; whether they follow later updates depends on the kernel.
+        The tensors are for reading; whether they follow later updates depends on the kernel. Sharded
+        averages are DTensors, cut as the parameters are: `full_tensor()` on all ranks makes them whole.
 
         Raises:
-            TrackingError: `sigma_rel` is not tracked, or nothing has been averaged yet.
+            TrackingError: `sigma_rel` is not tracked, nothing has been averaged yet, or another rank
+                holds the averages.
         """
+        if not self._ranks.tracks:
+            raise TrackingError(
+                f"the averages of replicas are on rank {self._ranks.members[0]} alone. Use them there, or "
+                "give the tracker shard_averages=True."
+            )
         if sigma_rel not in self._sigma_rels or self._averages is None:
             raise TrackingError(
                 f"sigma_rel {sigma_rel!r} has no average now: tracked are {self._sigma_rels}, from the "
@@ -295,7 +316,10 @@ class Tracker:
             )
         index = self._sigma_rels.index(sigma_rel)
         self._averages.wait()
-        return {name: self._averages.average(name, index) for name in self._averages.names}
+        return {
+            name: self._ranks.whole(name, self._averages.average(name, index))
+            for name in self._averages.names
+        }
 
     # ---- tracking
 
@@ -330,8 +354,9 @@ class Tracker:
                 "average. Step outside of `with tracker.swapped(...)` only."
             )
         if self._stopped:
+            self._step_stopped()
             return
-        if self._steps == 0 and self._store is None:
+        if not self._begun:
             self._begin()
         self._guarded(self._step)
 
@@ -351,7 +376,11 @@ class Tracker:
         self._refuse_swapped("a snapshot")
         self._wait()
         self._written = []
-        if not self._failed:
+        if self._failed:
+            self._notify()
+        elif self._ranks.tracks:
+            if not self._begun:
+                self._begin()
             self._guarded(self._snapshot)
             self.flush()
         return list(self._written)
@@ -379,6 +408,32 @@ class Tracker:
             self._jobs.wait()
 
     def _begin(self) -> None:
+        """What the first step of this object needs: a store, and the other ranks."""
+        problem: Exception | None = None
+        first: dict[str, Any] = {}
+        try:
+            if self._ranks.writes:
+                first = self._begin_store()
+        except Exception as error:
+            if not self._ranks.sharded:
+                raise
+            problem = error  # the others hear of it when they meet
+        if self._ranks.sharded:
+            try:
+                self._meet(first, problem)
+            except TrackingError as error:
+                self._stopped, self._failure = True, str(error)
+                raise problem or error from None
+        self._begun = True
+
+    def _begin_store(self) -> dict[str, Any]:
+        """Open the store; returns what the other ranks want to know of it."""
+        if self._steps == 0 and self._store is None:
+            self._check_beginning()
+        store = self._open_store()
+        return {"run_id": store.run_id, "stored_at": self._time if self._is_stored(store) else 0}
+
+    def _check_beginning(self) -> None:
         if self._clock == "images" and self._samples_per_step is None and not self._pending:
             raise TrackingError(
                 "clock='images' needs to know the batch size: pass samples_per_step=N, or call "
@@ -389,10 +444,32 @@ class Tracker:
                 f"{self._folder} holds snapshots, but training starts at time 0. Load the state that "
                 "belongs to them (tracker.load_state_dict), or discard them (tracker.restart())."
             )
-        self._open_store()
+
+    def _meet(self, first: Mapping[str, Any], problem: Exception | None) -> None:
+        """Agree with the other ranks of a sharded run, see `Ranks.meet`."""
+        agreed = {
+            "time": self._time,
+            "steps": self._steps,
+            "clock": self._clock,
+            "sigma_rels": list(self._sigma_rels),
+            "every": self._every,
+            "update_every": self._update_every,
+            "raw": self._raw,
+        }
+        told = self._ranks.meet(agreed, first, None if problem is None else str(problem))
+        self._run_id, self._stored_at = told["run_id"], told["stored_at"]
 
     def _step(self) -> None:
-        before = self._time
+        self._advance_clock()
+        if not self._ranks.tracks:
+            return
+        if self._steps % self._update_every == 0:
+            self._update()
+        if self._due:
+            self._snapshot()
+
+    def _advance_clock(self) -> None:
+        before, self._due = self._time, False
         elapsed = self._pending or self._samples_per_step
         if elapsed is None:
             raise TrackingError(
@@ -401,17 +478,32 @@ class Tracker:
         self._time += elapsed
         self._pending = 0
         self._steps += 1
-        if self._steps % self._update_every == 0:
-            self._update()
-        if self._every is not None and self._time // self._every > before // self._every:
-            self._snapshot()
+        self._due = self._every is not None and self._time // self._every > before // self._every
+
+    def _step_stopped(self) -> None:
+        """Where the others wait for this rank's part of a snapshot, say that tracking has stopped."""
+        if self._ranks.awaited:
+            with contextlib.suppress(TrackingError):
+                self._advance_clock()
+            if self._due:
+                self._notify()
+
+    def _notify(self) -> None:
+        if self._ranks.awaited and self._failure is not None:
+            from posthoc_ema.torch.distributed_snapshots import give_notice
+
+            notice = functools.partial(give_notice, self._ranks, self._failure)
+            if self._jobs is None:
+                notice()
+            else:
+                self._jobs.start(notice)
 
     @torch.no_grad()
     def _update(self) -> None:
         """Bring the averages to the present time (EDM2, eq. 127)."""
         if self._last_update == self._time:
             return
-        parameters = self._model.averaged()
+        parameters = self._ranks.parts(self._model.averaged())
         if self._averages is None:
             self._averages = self._new_averages(parameters)
         elapsed = self._time - self._last_update
@@ -439,12 +531,11 @@ class Tracker:
         self._raise_from_job()
         if self._failed:  # what was in the background has failed
             return
-        store = self._open_store()
-        profiles = [PowerProfile(self._time, s) for s in self._sigma_rels]
-        if self._stored_at == self._time or all(store.find(self._time, p) for p in profiles):
+        store = self._open_store() if self._ranks.writes else None
+        if self._stored_at == self._time or (not self._ranks.sharded and self._is_stored(store)):
             return
         self._update()
-        taken = self._take(profiles)
+        taken = self._take()
         self._taken_at = taken.time
         if self._jobs is None:
             self._write(store, taken)
@@ -452,30 +543,55 @@ class Tracker:
             copy = taken.on_host()
             self._jobs.start(lambda: self._write(store, copy))
 
+    def _is_stored(self, store: SnapshotStore | None) -> bool:
+        """Whether the averages of now are in the store."""
+        return (
+            store is not None
+            and self._time > 0
+            and all(store.find(self._time, PowerProfile(self._time, s)) for s in self._sigma_rels)
+        )
+
     @torch.no_grad()
-    def _take(self, profiles: Sequence[PowerProfile]) -> TakenSnapshot:
+    def _take(self) -> TakenSnapshot:
         averages = self._averages
         assert averages is not None  # the update before has made them
         averages.wait()
         tensors = self._model.live()
+        entries = self._model.table.entries.values()
+        mine = [n for n in averages.names if self._ranks.is_written_here(n)]
         taken: dict[StoredProfile, Mapping[str, torch.Tensor]] = {
-            profile: LazyTensors(averages.names, functools.partial(_average, averages, i))
-            for i, profile in enumerate(profiles)
+            PowerProfile(self._time, s): LazyTensors(mine, functools.partial(_average, averages, i))
+            for i, s in enumerate(self._sigma_rels)
         }
         if self._raw != "none":
-            taken[PointProfile(self._time)] = {name: tensors[name] for name in averages.names}
-        entries = self._model.table.entries.values()
-        copied = {entry.name: tensors[entry.name] for entry in entries if not entry.averaged}
+            raw = self._ranks.parts({name: tensors[name] for name in mine})
+            taken[PointProfile(self._time)] = raw
+        copied = {
+            entry.name: local_part(tensors[entry.name])
+            for entry in entries
+            if not entry.averaged and self._ranks.is_written_here(entry.name)
+        }
         return TakenSnapshot(self._time, taken, copied)
 
-    def _write(self, store: SnapshotStore, taken: TakenSnapshot) -> None:
+    def _write(self, store: SnapshotStore | None, taken: TakenSnapshot) -> None:
         self._check_finite(taken)
-        records = taken.add_to(store, self._dtype, replace_raw=self._raw == "last")
+        replace_raw = self._raw == "last"
+        if self._ranks.sharded:
+            from posthoc_ema.torch.distributed_snapshots import store_parts
+
+            records = store_parts(
+                self._ranks, self._folder, store, taken, self._dtype, replace_raw=replace_raw
+            )
+        else:
+            assert store is not None
+            records = taken.add_to(store, self._dtype, replace_raw=replace_raw)
         self._stored_at = taken.time
         self._num_snapshots += 1
-        if self._keep is not None:
-            self._thin_out(store, self._keep)
-        self._written = [r for r in records if store.find(r.time, r.profile)]
+        if store is not None:
+            if self._keep is not None:
+                self._thin_out(store, self._keep)
+            records = [r for r in records if store.find(r.time, r.profile)]
+        self._written = records
 
     def _check_finite(self, taken: TakenSnapshot) -> None:
         """Say once that the averages have diverged: nothing else would, they never recover."""
@@ -561,17 +677,21 @@ class Tracker:
         Returns:
             A dict of plain numbers and strings, and under "averages" name -> float32 tensor of shape
             (num_profiles, *shape), live ones or copies. Fit for `torch.save` (it loads with
-            weights_only=True).
+            weights_only=True). Sharded averages are DTensors: call this on every rank, and save and
+            load through `torch.distributed.checkpoint`. Of replicas the first rank has the averages.
 
         Raises:
             TrackingError: averages are swapped into the model, whose weights a checkpoint would hold.
         """
         self._refuse_swapped("a checkpoint")
         self.flush()
-        averages = self._averages
+        if self._averages is None and self._ranks.sharded:
+            # torch.distributed.checkpoint loads into tensors that are there.
+            self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
+        averages, rows = self._averages, len(self._sigma_rels)
         return {
             "schema": STATE_SCHEMA,
-            "run_id": self._open_store().run_id,
+            "run_id": self._open_store().run_id if self._ranks.writes else self._run_id,
             "clock": self._clock,
             "time": self._time,
             "last_update": self._last_update,
@@ -579,7 +699,11 @@ class Tracker:
             "pending": self._pending,
             "failed": self._failed,
             "sigma_rels": list(self._sigma_rels),
-            "averages": {n: averages.stack(n) for n in averages.names} if averages else {},
+            "averages": {
+                name: self._ranks.whole(name, averages.stack(name), rows) for name in averages.names
+            }
+            if averages
+            else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -597,27 +721,8 @@ class Tracker:
         self.flush()
         check_state(state, self._sigma_rels, self._clock, self._model.table)
         time = int(state["time"])
-        if (self._folder / MANIFEST).exists():
-            if self._store is not None:
-                self._store.close()
-            self._store = SnapshotStore.resume(
-                self._folder,
-                run_id=state["run_id"],
-                clock=self._clock,
-                table=self._model.table,
-                time=time,
-            )
-        else:
-            self._run_id = state["run_id"]
-            if time:
-                _log.warning(
-                    "%s holds no snapshots of run %s: averages are synthesized from those that are "
-                    "stored from time %d on.",
-                    self._folder,
-                    self._run_id,
-                    time,
-                )
-            self._open_store()
+        if self._ranks.writes:
+            self._resume_store(state["run_id"], time)
         self._folder_is_taken = False
         self._run_id = state["run_id"]
         self._time, self._last_update = time, int(state["last_update"])
@@ -631,17 +736,41 @@ class Tracker:
                 "it: it stays stopped. To track from here on start a new tracker in a new folder.",
                 time,
             )
+        self._begun = False
         self._forget_averages()
-        if state["averages"]:
-            averages = self._new_averages(self._model.averaged())
+        if state["averages"] and self._ranks.tracks:
+            averages = self._new_averages(self._ranks.parts(self._model.averaged()))
             for name, stack in state["averages"].items():
-                averages.load(name, stack.detach())
+                averages.load(name, self._ranks.part_of_stack(name, stack))
             self._averages = averages
+
+    def _resume_store(self, run_id: str, time: int) -> None:
+        if (self._folder / MANIFEST).exists():
+            if self._store is not None:
+                self._store.close()
+            self._store = SnapshotStore.resume(
+                self._folder,
+                run_id=run_id,
+                clock=self._clock,
+                table=self._model.table,
+                time=time,
+            )
+        else:
+            self._run_id = run_id
+            if time:
+                _log.warning(
+                    "%s holds no snapshots of run %s: averages are synthesized from those that are "
+                    "stored from time %d on.",
+                    self._folder,
+                    self._run_id,
+                    time,
+                )
+            self._open_store()
 
     def restart(self) -> None:
         """Discard what the folder holds of this run and begin at time 0, under the same run id."""
         self.flush()
-        if (self._folder / MANIFEST).exists():
+        if self._ranks.writes and (self._folder / MANIFEST).exists():
             if self._store is not None:
                 self._store.close()
             held = SnapshotStore.open(self._folder)
@@ -655,6 +784,7 @@ class Tracker:
             self._run_id = held.run_id
         self._folder_is_taken = False
         self._forget_averages()
+        self._begun = False
         self._time = self._last_update = self._steps = self._pending = self._stored_at = 0
 
     def _forget_averages(self) -> None:
@@ -726,3 +856,5 @@ class Tracker:
         _log.error(
             "tracking stopped at time %d, training goes on: %s", self._time, error, exc_info=error
         )
+        if self._due and self._taken_at != self._time:
+            self._notify()

@@ -179,15 +179,15 @@ def test_tensors_that_cannot_be_tracked_are_refused():
         tensor_table(named)
 
 
-def test_sharded_tensors_are_refused(process_group):
+def test_partial_sums_are_refused(process_group, tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial
 
     model = Scalar()
     mesh = init_device_mesh("cpu", (1,))
-    model.w = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
-    with pytest.raises(TrackingError, match=r"'w' is sharded \(DTensor\)"):
-        tensor_table(model)
+    model.w = nn.Parameter(DTensor.from_local(torch.zeros(2), mesh, [Partial()]))
+    with pytest.raises(TrackingError, match=r"'w' is a DTensor of partial sums .* Redistribute it"):
+        Tracker(model, tmp_path, every=1)
 
 
 def test_parametrized_weights_are_tracked_by_their_factors(tmp_path):

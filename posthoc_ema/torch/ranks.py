@@ -1,0 +1,374 @@
+"""How the processes of a distributed run share the work of one tracker.
+
+Replicas (DistributedDataParallel, or any plain model while a process group is up): the first rank
+tracks and writes, the others count. Sharded averages (DTensors, or replicas that split the averages):
+every rank tracks what it holds, and the first one keeps the store. What they tell each other goes
+through a gloo group of their own, never through those of the training.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.torch.sharding import (
+    Layout,
+    is_sharded,
+    layout_of,
+    local_part,
+    rows_of,
+    stacked,
+    whole_from_part,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_log = logging.getLogger("posthoc_ema")
+
+MEETING_SECONDS = 300.0
+"""How long ranks wait for each other at the first step."""
+ANSWER_SECONDS = 3600.0
+"""How long ranks wait for each other later: the first one may be busy with a large snapshot. A rank that
+has ended is noticed at once, by its connection."""
+
+
+def is_distributed() -> bool:
+    """Whether a process group of several ranks is up."""
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+@dataclass
+class Ranks:
+    """The part of this process in the work of a tracker. Make one with `of`.
+
+    Attributes:
+        members: global ranks that share the store, the first of which keeps it.
+        rank: this process.
+        sharded: whether each rank tracks its own part.
+        rows: mesh over which the averages of whole parameters are split by rows; None if parameters
+            are tracked as they are cut.
+        session: a word that all ranks of a sharded run share from their first meeting on, and that no
+            other start of the run has; empty otherwise.
+        awaited: whether the other ranks count on this one at the next snapshot.
+    """
+
+    members: tuple[int, ...] = (0,)
+    rank: int = 0
+    sharded: bool = False
+    rows: DeviceMesh | None = None
+    session: str = ""
+    awaited: bool = False
+    _layouts: dict[str, Layout] = field(default_factory=dict)
+    _writes: frozenset[str] = frozenset()
+    _group: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        averaged: Collection[str],
+        split: bool,
+    ) -> Ranks:
+        """The part of this process in tracking a module.
+
+        Args:
+            module: as the user has it, wrapped or not.
+            tensors: name -> tensor that is stored.
+            averaged: names of those that are averaged.
+            split: split the averages of replicas over the ranks.
+
+        Raises:
+            ConfigError: there is nothing to split.
+            TrackingError: a tensor cannot be tracked.
+        """
+        layouts = {name: layout_of(tensor, name) for name, tensor in tensors.items()}
+        meshes = [layout.mesh for layout in layouts.values() if layout.mesh is not None]
+        if meshes:
+            if split:
+                raise ConfigError(
+                    "shard_averages=True is for replicas; this model is sharded, and its averages are "
+                    "already. Leave it out."
+                )
+            members = tuple(sorted({rank for mesh in meshes for rank in _root_ranks(mesh)}))
+            return cls(members, torch.distributed.get_rank(), True, _layouts=layouts)
+        if not is_distributed():
+            if split:
+                raise ConfigError(
+                    "shard_averages=True splits the averages over the ranks of a process group, and there "
+                    "is none of several ranks. Leave it out, or call init_process_group first."
+                )
+            return cls(_layouts=layouts)
+        group = _replica_group(module)
+        members = tuple(torch.distributed.get_process_group_ranks(group))
+        rank = torch.distributed.get_rank()
+        if not split:
+            return cls(members, rank, _layouts=layouts)
+        device = next(iter(tensors.values())).device.type
+        rows = _mesh_over(group, len(members), device)
+        layouts |= {name: rows_of(tensors[name].shape, rows) for name in averaged}
+        return cls(members, rank, True, rows, _layouts=layouts)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether this process holds averages."""
+        return self.sharded or self.writes
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps the store."""
+        return self.rank == self.members[0]
+
+    # ---- parts of tensors
+
+    def layout(self, name: str) -> Layout:
+        """What this rank holds of a tensor: of the averages of a parameter, or of a copied tensor."""
+        return self._layouts[name]
+
+    def parts(self, parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """What this rank holds of each parameter: plain tensors, views of the live ones."""
+        if not self.sharded:
+            return parameters
+        if self.rows is None:
+            return {name: local_part(parameter) for name, parameter in parameters.items()}
+        return {name: p.detach()[self.layout(name).box] for name, p in parameters.items()}
+
+    def whole(self, name: str, part: torch.Tensor, rows: int = 0) -> torch.Tensor:
+        """An average of which this rank holds `part`: a DTensor, or the part itself if it is all.
+
+        Args:
+            name: of the parameter.
+            part: (*local_shape), or (rows, *local_shape) for averages on top of each other.
+            rows: so many; 0 for one without that dimension.
+        """
+        if not self.sharded:
+            return part
+        layout = self.layout(name)
+        return whole_from_part(part, stacked(layout, rows) if rows else layout)
+
+    def part_of_stack(self, name: str, stack: torch.Tensor) -> torch.Tensor:
+        """What this rank needs of the saved averages of a parameter.
+
+        Args:
+            name: of the parameter.
+            stack: (num_profiles, *shape), whole, or a DTensor that is cut as the averages here are.
+
+        Raises:
+            TrackingError: it is the part of another rank, or is cut otherwise.
+        """
+        wanted = stacked(self.layout(name), len(stack))
+        if not is_sharded(stack):
+            return stack.detach()[wanted.box]
+        found = layout_of(stack, name)
+        if found.box != wanted.box:
+            raise TrackingError(
+                f"the saved averages of {name!r} are cut otherwise ({found.placements} of "
+                f"{found.shape}) than this rank's. Load a sharded state through "
+                "torch.distributed.checkpoint.load, into what tracker.state_dict() gives."
+            )
+        return local_part(stack)
+
+    # ---- meeting
+
+    def meet(
+        self, agreed: Mapping[str, Any], first: Mapping[str, Any], problem: str | None
+    ) -> dict[str, Any]:
+        """All ranks of a sharded run meet: check what must agree, and share the writing.
+
+        Args:
+            agreed: what must be the same on all ranks; JSON.
+            first: what the first rank tells the others; JSON.
+            problem: why this rank cannot track, or None.
+
+        Returns:
+            What the first rank gave as `first`.
+
+        Raises:
+            TrackingError: a rank did not come, cannot track, or differs.
+        """
+        layouts = {name: self.layout(name) for name in self._layouts}
+        shapes = {name: list(layout.shape) for name, layout in layouts.items()}
+        mine = {
+            "problem": problem,
+            "agreed": {**agreed, "shapes": shapes},
+            "boxes": {n: [layout.offsets, layout.local_shape] for n, layout in layouts.items()},
+            "first": {**first, "session": secrets.token_hex(8)},
+        }
+        if self._group is None:
+            self._group = RankGroup.meet(self.members)
+        told = self._group.gather(mine)
+        _check_agreement(self.members, told)
+        self._writes = _share(self.members.index(self.rank), [row["boxes"] for row in told], shapes)
+        self.session = told[0]["first"]["session"]
+        self.awaited = True
+        return told[0]["first"]
+
+    @property
+    def group(self) -> RankGroup:
+        """The ranks' own group; there from the first meeting on."""
+        assert self._group is not None
+        return self._group
+
+    def is_written_here(self, name: str) -> bool:
+        """Whether this rank is the one that writes its part of a tensor."""
+        return name in self._writes if self.sharded else self.writes
+
+
+class RankGroup:
+    """A gloo group of the ranks that share a store, for short messages.
+
+    It goes on working when the program destroys its process groups: the last snapshot may still be
+    on its way then.
+    """
+
+    def __init__(self, group: Any, members: Sequence[int]) -> None:
+        self._group, self.members = group, members
+
+    @classmethod
+    def meet(cls, members: Sequence[int]) -> RankGroup:
+        """Make the group; every member calls this.
+
+        Raises:
+            TrackingError: a rank did not come in time.
+        """
+        try:
+            # Whoever has answered in the first group is there: the second may wait long.
+            cls(_new_group(members, MEETING_SECONDS), members)._gather_bytes(b"")
+            return cls(_new_group(members, ANSWER_SECONDS), members)
+        except RuntimeError as error:
+            raise TrackingError(
+                f"the ranks {list(members)} did not all come to the first step of the tracker within "
+                f"{MEETING_SECONDS:.0f} s ({_brief(error)}). Make the tracker on every rank, before the "
+                "same step."
+            ) from error
+
+    def gather(self, value: Any) -> list[Any]:
+        """Tell all ranks a value, JSON, and hear theirs, in the order of the members.
+
+        Raises:
+            TrackingError: a rank has ended or does not answer.
+        """
+        try:
+            return [json.loads(data) for data in self._gather_bytes(json.dumps(value).encode())]
+        except RuntimeError as error:
+            raise TrackingError(
+                f"another rank has ended or does not answer ({_brief(error)}). Snapshots need all "
+                "ranks: start the run again from its last checkpoint."
+            ) from error
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _no_bytes()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.members]
+        self._group.allgather([sizes], [torch.tensor([len(data)])]).wait()
+        longest = max(int(size) for size in sizes)
+        if not longest:
+            return [b""] * len(self.members)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in self.members]
+        self._group.allgather([found], [padded]).wait()
+        return [bytes(row[: int(size)].numpy()) for row, size in zip(found, sizes, strict=True)]
+
+
+def _no_bytes() -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.uint8)
+
+
+def _new_group(members: Sequence[int], seconds: float) -> Any:
+    return torch.distributed.new_group(
+        list(members),
+        timeout=datetime.timedelta(seconds=seconds),
+        backend="gloo",
+        use_local_synchronization=True,  # other ranks may be at work on another model
+    )
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160]
+
+
+def _root_ranks(mesh: DeviceMesh) -> list[int]:
+    """Ranks of the mesh that this one is a slice of: its other slices hold copies of the model."""
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    return root.mesh.flatten().tolist()
+
+
+def _replica_group(module: nn.Module) -> Any:
+    """The process group over which a module is replicated; None for all ranks."""
+    for part in module.modules():
+        if isinstance(part, nn.parallel.DistributedDataParallel):
+            return part.process_group
+    return torch.distributed.group.WORLD
+
+
+def _mesh_over(group: Any, size: int, device: str) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if size == torch.distributed.get_world_size():
+        return init_device_mesh(device, (size,))
+    return DeviceMesh.from_group(group, device)
+
+
+def _check_agreement(members: Sequence[int], told: Sequence[Any]) -> None:
+    for rank, row in zip(members, told, strict=True):
+        if row["problem"] is not None:
+            raise TrackingError(
+                row["problem"] if rank == members[0] else f"rank {rank}: {row['error']}"
+            )
+    first = told[0]["agreed"]
+    for rank, row in zip(members, told, strict=True):
+        for key, value in row["agreed"].items():
+            if value == first[key]:
+                continue
+            if key == "shapes":
+                name = next(n for n in (*first[key], *value) if value.get(n) != first[key].get(n))
+                raise TrackingError(
+                    f"tensor {name!r} has shape {value.get(name)} on rank {rank} and "
+                    f"{first[key].get(name)} on rank {members[0]}. All ranks of a tracker hold one "
+                    "model; stages of a pipeline cannot be tracked together."
+                )
+            raise TrackingError(
+                f"{key} is {value} on rank {rank} and {first[key]} on rank {members[0]}. Make the "
+                "tracker alike on every rank, and load the same state on every rank."
+            )
+
+
+def _share(
+    index: int, boxes: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]
+) -> frozenset[str]:
+    """Names of the tensors of which member `index` writes its part: of equal parts the first rank's.
+
+    Raises:
+        TrackingError: the parts do not make up the whole.
+    """
+    mine = set()
+    for name, shape in shapes.items():
+        owners: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        for member, rank_boxes in enumerate(boxes):
+            offsets, sizes = (tuple(numbers) for numbers in rank_boxes[name])
+            if math.prod(sizes) or (member == 0 and not math.prod(shape)):
+                owners.setdefault((offsets, sizes), member)
+        if sum(math.prod(sizes) for _, sizes in owners) != math.prod(shape):
+            raise TrackingError(
+                f"the parts that the ranks hold of {name!r} do not make up its shape {tuple(shape)}. "
+                "Shard it by fully_shard or distribute_tensor."
+            )
+        if index in owners.values():
+            mine.add(name)
+    return frozenset(mine)

@@ -186,10 +186,21 @@ class Ranks:
 
     # ---- meeting
 
+    def arrive(self) -> None:
+        """Wait until every rank of a sharded run is here: what they have read before may change now.
+
+        Raises:
+            TrackingError: a rank did not come.
+        """
+        if self._group is None:
+            self._group = RankGroup.meet(self.members)
+        else:
+            self._group.gather(None)
+
     def meet(
         self, agreed: Mapping[str, Any], first: Mapping[str, Any], problem: str | None
     ) -> dict[str, Any]:
-        """All ranks of a sharded run meet: check what must agree, and share the writing.
+        """All ranks of a sharded run, who have arrived, check what must agree and share the writing.
 
         Args:
             agreed: what must be the same on all ranks; JSON.
@@ -200,7 +211,7 @@ class Ranks:
             What the first rank gave as `first`.
 
         Raises:
-            TrackingError: a rank did not come, cannot track, or differs.
+            TrackingError: a rank cannot track, or differs.
         """
         layouts = {name: self.layout(name) for name in self._layouts}
         shapes = {name: list(layout.shape) for name, layout in layouts.items()}
@@ -210,9 +221,7 @@ class Ranks:
             "boxes": {n: [layout.offsets, layout.local_shape] for n, layout in layouts.items()},
             "first": {**first, "session": secrets.token_hex(8)},
         }
-        if self._group is None:
-            self._group = RankGroup.meet(self.members)
-        told = self._group.gather(mine)
+        told = self.group.gather(mine)
         _check_agreement(self.members, told)
         self._writes = _share(self.members.index(self.rank), [row["boxes"] for row in told], shapes)
         self.session = told[0]["first"]["session"]
@@ -221,7 +230,7 @@ class Ranks:
 
     @property
     def group(self) -> RankGroup:
-        """The ranks' own group; there from the first meeting on."""
+        """The ranks' own group; there once they have arrived."""
         assert self._group is not None
         return self._group
 

@@ -210,7 +210,14 @@ def saved_states(folder: Path) -> list[SavedState]:
         for (time, session, world), files in groups.items()
         if files.keys() == set(range(world)) and world
     ]
-    return sorted(complete, key=lambda s: (s.time, max(p.stat().st_mtime_ns for p in s.paths)))
+    return sorted(complete, key=lambda s: (s.time, max(map(_written_at, s.paths))))
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # another rank has removed it just now
+        return 0
 
 
 def remove_state(saved: SavedState) -> None:

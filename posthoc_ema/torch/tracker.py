@@ -275,6 +275,11 @@ class Tracker:
         return self._open_store() if self._ranks.writes else SnapshotStore.open(self._folder)
 
     @property
+    def session(self) -> str:
+        """A word that the ranks of a sharded run share and no other start of it has; else empty."""
+        return self._ranks.session
+
+    @property
     def num_snapshots(self) -> int:
         """Snapshots that this object has stored."""
         return self._num_snapshots
@@ -409,22 +414,43 @@ class Tracker:
 
     def _begin(self) -> None:
         """What the first step of this object needs: a store, and the other ranks."""
+        if self._ranks.sharded:
+            try:
+                self._meet()
+            except Exception as error:
+                self._stopped, self._failure = True, str(error)
+                raise
+        elif self._ranks.writes:
+            self._begin_store()
+        self._begun = True
+
+    def _meet(self) -> None:
+        """Agree with the other ranks of a sharded run, see `Ranks.meet`."""
+        from posthoc_ema.torch.distributed_snapshots import remove_left_parts
+
+        self._ranks.arrive()
         problem: Exception | None = None
         first: dict[str, Any] = {}
         try:
             if self._ranks.writes:
                 first = self._begin_store()
+                remove_left_parts(self._folder)
         except Exception as error:
-            if not self._ranks.sharded:
-                raise
             problem = error  # the others hear of it when they meet
-        if self._ranks.sharded:
-            try:
-                self._meet(first, problem)
-            except TrackingError as error:
-                self._stopped, self._failure = True, str(error)
-                raise problem or error from None
-        self._begun = True
+        agreed = {
+            "time": self._time,
+            "steps": self._steps,
+            "clock": self._clock,
+            "sigma_rels": list(self._sigma_rels),
+            "every": self._every,
+            "update_every": self._update_every,
+            "raw": self._raw,
+        }
+        try:
+            told = self._ranks.meet(agreed, first, None if problem is None else str(problem))
+        except TrackingError as error:
+            raise problem or error from None
+        self._run_id, self._stored_at = told["run_id"], told["stored_at"]
 
     def _begin_store(self) -> dict[str, Any]:
         """Open the store; returns what the other ranks want to know of it."""
@@ -444,20 +470,6 @@ class Tracker:
                 f"{self._folder} holds snapshots, but training starts at time 0. Load the state that "
                 "belongs to them (tracker.load_state_dict), or discard them (tracker.restart())."
             )
-
-    def _meet(self, first: Mapping[str, Any], problem: Exception | None) -> None:
-        """Agree with the other ranks of a sharded run, see `Ranks.meet`."""
-        agreed = {
-            "time": self._time,
-            "steps": self._steps,
-            "clock": self._clock,
-            "sigma_rels": list(self._sigma_rels),
-            "every": self._every,
-            "update_every": self._update_every,
-            "raw": self._raw,
-        }
-        told = self._ranks.meet(agreed, first, None if problem is None else str(problem))
-        self._run_id, self._stored_at = told["run_id"], told["stored_at"]
 
     def _step(self) -> None:
         self._advance_clock()

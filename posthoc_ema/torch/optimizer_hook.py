@@ -31,6 +31,7 @@ class TrackerOptions(TypedDict, total=False):
     metadata: Mapping[str, str] | None
     device: str | torch.device | None
     kernel: Literal["auto", "eager", "compiled", "triton"]
+    shard_averages: bool
     average_dtype: Literal["float32", "bfloat16"]
     background: bool
     on_error: Literal["warn", "raise"]
@@ -58,7 +59,7 @@ def track(
         every: store a snapshot whenever training time passes a multiple of this; None for none.
         **options: further arguments of `Tracker`: `sigma_rels`, `clock`, `samples_per_step`,
             `update_every`, `dtype`, `keep`, `keep_range`, `raw`, `tensors`, `resume`, `run_id`, `metadata`,
-            `device`, `kernel`, `average_dtype`, `background`, `on_error`.
+            `device`, `kernel`, `average_dtype`, `background`, `shard_averages`, `on_error`.
 
     Returns:
         The tracker. Save `tracker.state_dict()` with your checkpoints; `tracker.close()` takes the
@@ -90,5 +91,6 @@ def track(
             f"{type(model).__name__}. Pass the module whose parameters the optimizer was given."
         )
     tracker = Tracker(model, folder, every=every, **options)
-    _, tracker._detach = follow(optimizers, tracker.step)
+    iterations, tracker._detach = follow(optimizers, tracker.step)
+    tracker._settle = iterations.settle
     return tracker

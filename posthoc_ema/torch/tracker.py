@@ -234,6 +234,7 @@ class Tracker:
         self._failure: str | None = None
         self._busy = self._updating = self._swapped = False
         self._detach: Callable[[], None] = lambda: None
+        self._settle: Callable[[], None] = lambda: None  # counts a step of which it was not known
         self._folder_is_taken = self._ranks.writes and (self._folder / MANIFEST).exists()
         if self._folder_is_taken and not resume:
             held = SnapshotStore.open(self._folder)
@@ -379,6 +380,7 @@ class Tracker:
                 "a snapshot needs at least one step; time 0 never enters an average."
             )
         self._refuse_swapped("a snapshot")
+        self._settle()
         self._wait()
         self._written = []
         if self._failed:
@@ -695,8 +697,15 @@ class Tracker:
         Raises:
             TrackingError: averages are swapped into the model, whose weights a checkpoint would hold.
         """
+        self._settle()
         self._refuse_swapped("a checkpoint")
         self.flush()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """The state of now, while a snapshot may still be being written."""
+        if self._averages is not None:
+            self._averages.wait()
         if self._averages is None and self._ranks.sharded:
             # torch.distributed.checkpoint loads into tensors that are there.
             self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
@@ -808,8 +817,9 @@ class Tracker:
 
     def close(self) -> None:
         """Stop tracking: the hook goes, what is being written is finished, the folder is given free."""
+        self._settle()
         self._detach()
-        self._detach = lambda: None
+        self._detach = self._settle = lambda: None
         self._stopped = True
         try:
             self.flush()

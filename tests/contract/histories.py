@@ -178,10 +178,10 @@ _ALL = (
             Spec("odd", (7, 3)),
             Spec("prime", (13,)),
             Spec("cube", (2, 3, 5)),
-            Spec("turned", (5, 4), transposed=True),
             Spec("long", (300, 17)),
             *(Spec(f"many.p{i}", (i % 5 + 1,)) for i in range(30)),
         ),
     ),
+    History("transposed", (Spec("turned", (5, 4), transposed=True), Spec("straight", (4,)))),
 )
 HISTORIES = {history.name: history for history in _ALL}

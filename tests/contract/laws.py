@@ -167,6 +167,7 @@ STRAIGHT = tuple(
         "mixed-dtypes",
         "scalars-and-empty",
         "shapes",
+        "transposed",
     )
 )
 SAMPLES = (Task("impulse-samples"), Task("impulse-samples", update_every=7))
@@ -175,6 +176,7 @@ RESUMED = (
     Task("impulse", resume_at=(1, 13, 40)),
     Task("shapes", update_every=7, resume_at=(30,)),
     Task("mixed-dtypes", resume_at=(7, 40)),
+    Task("transposed", resume_at=(13,)),
     Task("tied", resume_at=(20,)),
     Task("buffers", resume_at=(21,)),
     Task("scalars-and-empty", resume_at=(33,)),

@@ -28,12 +28,15 @@ EXCEPTIONS = {
     ("oracle", "training_is_untouched"): "there is no training: the oracle reads the history",
     ("zero-code", "clocks_are_right"): "the clock is in another process; snapshots show its times",
 }
+FSDP_LAYOUT = "fully_shard refuses parameters that are not contiguous"
 ZERO_CODE_SAMPLES = "a command does not say its batch sizes: --samples-per-step is one number"
 
 
 def _reason(tracker, law, task):
     if tracker == "zero-code" and task.played.clock != "steps":
         return ZERO_CODE_SAMPLES
+    if tracker.startswith("fsdp2") and task.history == "transposed":
+        return FSDP_LAYOUT
     return EXCEPTIONS.get((tracker, law.__name__))
 
 

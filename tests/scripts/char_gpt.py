@@ -126,6 +126,7 @@ def parse():
     parser.add_argument("--eval_interval", type=int, default=8)
     parser.add_argument("--log_interval", type=int, default=4)
     parser.add_argument("--always_save_checkpoint", action="store_true")
+    parser.add_argument("--checkpoint_interval", type=int, default=None, help="keep one of each")
     parser.add_argument("--init_from", choices=["scratch", "resume"], default="scratch")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=4)
@@ -205,37 +206,40 @@ def main():
         model.train()
         return out
 
-    x, y = get_batch("train")
     begin = time.time()
     while True:
         lr = get_lr(iter_num, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if iter_num % args.eval_interval == 0:
+        evaluating = iter_num % args.eval_interval == 0
+        keeping = args.checkpoint_interval and iter_num % args.checkpoint_interval == 0
+        if evaluating or keeping:
             rng_state = torch.get_rng_state()
             states = [rng_state] * world
             if ddp:
                 dist.all_gather_object(states, rng_state)
+        better = False
+        if evaluating:
             losses = estimate_loss()
             torch.set_rng_state(rng_state)
             if master:
-                print(
-                    f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-                )
+                train_loss, val_loss = losses["train"], losses["val"]
+                print(f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             better = losses["val"] < best_val_loss
             best_val_loss = min(losses["val"], best_val_loss)
-            if master and iter_num > 0 and (better or args.always_save_checkpoint):
-                checkpoint = {
-                    "model": raw_model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "model_args": asdict(config),
-                    "iter_num": iter_num,
-                    "best_val_loss": best_val_loss,
-                    "history": history,
-                    "rng_states": states,
-                }
-                torch.save(checkpoint, args.out_dir / f"ckpt-{iter_num}.pt")
-                (args.out_dir / f"ckpt-{iter_num}.pt").replace(args.out_dir / "ckpt.pt")
+        saving = keeping or (evaluating and (better or args.always_save_checkpoint))
+        if master and iter_num > 0 and saving:
+            checkpoint = {
+                "model": raw_model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "model_args": asdict(config),
+                "iter_num": iter_num,
+                "best_val_loss": best_val_loss,
+                "history": history,
+                "rng_states": states,
+            }
+            name = f"ckpt-{iter_num:04d}.pt" if keeping else "ckpt.pt"
+            torch.save(checkpoint, args.out_dir / name)
         if iter_num == args.stop_at:
             break
         for micro_step in range(args.gradient_accumulation_steps):
@@ -243,9 +247,9 @@ def main():
                 model.require_backward_grad_sync = (
                     micro_step == args.gradient_accumulation_steps - 1
                 )
+            x, y = get_batch("train")
             with context:
                 loss = model(x, y) / args.gradient_accumulation_steps
-            x, y = get_batch("train")
             scaler.scale(loss).backward()
         if args.grad_clip != 0.0:
             scaler.unscale_(optimizer)

@@ -57,7 +57,7 @@ def main():
 
     L.seed_everything(7)
     images = torch.tensor(load_digits().data, dtype=torch.float32) / 16
-    train = DataLoader(TensorDataset(images[:1280]), batch_size=64, shuffle=True)
+    train = DataLoader(TensorDataset(images[:1280]), batch_size=64)
     val = DataLoader(TensorDataset(images[1280:]), batch_size=256)
     model = LitAutoEncoder()
     callbacks = [ModelCheckpoint(dirpath=args.folder, save_last=True, monitor="val_loss")]

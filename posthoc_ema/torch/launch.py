@@ -141,7 +141,7 @@ class Launch:
     def _fail(self, error: Exception) -> None:
         self._off = True
         self._note("problem", " ".join(str(error).split()) or type(error).__name__)
-        _log.error("%s Training goes on, nothing is tracked.", error, exc_info=error)
+        _log.error("%s. Training goes on, untracked.", str(error).rstrip("."), exc_info=error)
 
     def _before(self, optimizer: Optimizer) -> None:
         if outer_step(optimizer) is not None:

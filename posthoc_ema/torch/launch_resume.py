@@ -116,7 +116,7 @@ def find_state(folder: Path, mark: Mark, nearest: bool) -> Continuation:
 def _is_readable(state: SavedState) -> bool:
     try:
         return isinstance(state.extra, dict)
-    except SnapshotError:  # damaged: as good as absent, an older one may do
+    except (SnapshotError, OSError):  # damaged or just removed: an older one may do
         return False
 
 

@@ -12,24 +12,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from posthoc_ema.errors import PhemaError
 from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.torch.launch_models import class_name
-from posthoc_ema.torch.launch_resume import (
-    STATE_FOLDER,
-    Mark,
-    extra_of,
-    find_state,
-    mark_of,
-)
-from posthoc_ema.torch.state_files import load_state, remove_state, save_state, saved_states
+from posthoc_ema.torch.launch_resume import STATE_FOLDER, Mark, find_state, mark_of
+from posthoc_ema.torch.launch_states import KeptStates
+from posthoc_ema.torch.state_files import load_state
 from posthoc_ema.torch.stepping import Iterations, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 _log = logging.getLogger("posthoc_ema")
 DEFAULT_EVERY = 1000
-_CHECKPOINTS = 2
-"""States kept for checkpoints of the script's: it may be killed while it writes the newest."""
 _SAMPLE = 32
 
 
@@ -98,11 +90,10 @@ class TrackedRun:
         self._leader = optimizers[0]
         self._note = note
         self._options = options
-        self._states = folder / STATE_FOLDER if options["states"] == "on" else None
+        self._states = KeptStates(folder / STATE_FOLDER) if options["states"] == "on" else None
         self._checkpoints: list[
             int
         ] = []  # times at which the script asked for its optimizer's state
-        self._snapshot_state: int | None = None
         self._followed: set[int] = set()
         self._working = False
         self._ended = False
@@ -123,7 +114,8 @@ class TrackedRun:
         elif taken:
             self.tracker.restart()
         self._continued = self.tracker.steps
-        self._drop_states(found.saved.time if found is not None else 0)
+        if self._states is not None:
+            self._states.begin(self.tracker.time)
 
     def _averaged(self, module: nn.Module) -> dict[str, torch.Tensor]:
         return dict(self.tracker._model.averaged())
@@ -158,7 +150,7 @@ class TrackedRun:
             tracker.step()
             every = self._every()
             if tracker.time // every > before // every:
-                self._save("snapshot")
+                self._save()
                 self.report()
             self._versions = self._look()
             if self._snapshot_wanted:
@@ -187,8 +179,12 @@ class TrackedRun:
         if self.tracker.stopped or self.tracker.time == 0 or self._is_sharded():
             return
         self.tracker.snapshot()
-        self._save("snapshot")
+        self._save()
         self.report()
+
+    def _save(self) -> None:
+        if self._states is not None and not self.tracker.stopped:
+            self._states.save_for_snapshot(self.tracker, mark_of(self._leader))
 
     def _look(self) -> tuple[_Look, ...]:
         parameters = parameters_of(self._leader)
@@ -217,45 +213,14 @@ class TrackedRun:
 
     def _on_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """The script makes a checkpoint: what resuming from it needs is saved before it is written."""
-        if self._ended or self.tracker.stopped or self._working:
+        if self._ended or self.tracker.stopped or self._working or self._states is None:
             return
         self._working = True
         try:
             self.iterations.settle()
+            self._states.save_for_checkpoint(self.tracker, mark_of(self._leader))
         finally:
             self._working = False
-        self._save("checkpoint")
-
-    def _save(self, reason: str) -> None:
-        tracker = self.tracker
-        if self._states is None or tracker.stopped or tracker.time == 0:
-            return
-        time = tracker.time
-        known = time in (*self._checkpoints, self._snapshot_state)
-        try:
-            if not known:
-                state = tracker.state_dict()
-                save_state(self._states, state, extra_of(mark_of(self._leader)))
-        except PhemaError as error:
-            _log.error("the state at time %d was not saved: %s", time, error)
-            return
-        if reason == "snapshot":
-            self._snapshot_state = time
-        elif time not in self._checkpoints:
-            self._checkpoints = [*self._checkpoints, time][-_CHECKPOINTS:]
-        self._drop_states(time)
-
-    def _drop_states(self, now: int) -> None:
-        """Remove states that are superseded, or later than now: of a future that is lost."""
-        if self._states is None:
-            return
-        kept = {*self._checkpoints, self._snapshot_state}
-        first = not self._checkpoints and self._snapshot_state is None
-        for saved in saved_states(self._states):
-            if saved.time > now or not (first or saved.time in kept):
-                remove_state(saved)
-            elif first:
-                self._checkpoints = [*self._checkpoints, saved.time][-_CHECKPOINTS - 1 :]
 
     # ---- the end
 
@@ -273,6 +238,8 @@ class TrackedRun:
                 self.iterations.settle()
                 if self.unchanged():
                     self._snapshot()
+            if self._states is not None:
+                self._states.flush()
             self.tracker.close()
         except Exception as error:
             _log.error("the last snapshot was not stored: %s", error, exc_info=error)

@@ -23,7 +23,7 @@ _log = logging.getLogger("posthoc_ema")
 
 SETS = 2
 """Sets of staging memory."""
-_Job = Callable[[], None]
+_Job = Callable[[bool], None]
 
 
 class StagingSet:
@@ -131,12 +131,14 @@ class Offload:
 
         work, sets = self._work, self._sets
 
-        def job() -> None:
-            staging.complete()
-            work(staging.tensors, weights, seed)
-            sets.put(staging)
+        def job(skip: bool) -> None:
+            try:
+                if not skip:
+                    staging.complete()
+                    work(staging.tensors, weights, seed)
+            finally:
+                sets.put(staging)
 
-        self._check()  # a job that failed while this one waited has left its set behind
         self._start()
         with self._state.changed:
             self._state.pending += 1
@@ -187,11 +189,10 @@ class Offload:
 
 
 def _run(jobs: queue.SimpleQueue[_Job | None], state: _State) -> None:
-    """The thread: jobs in order, up to the first error."""
+    """The thread: jobs in order; they are skipped after the first error."""
     while (job := jobs.get()) is not None:
         try:
-            if state.error is None:
-                job()
+            job(state.error is not None)
         except BaseException as error:
             state.error = error
         del job  # it holds the averages

@@ -12,6 +12,7 @@ import datetime
 import json
 import logging
 import math
+import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ MEETING_SECONDS = 300.0
 ANSWER_SECONDS = 3600.0
 """How long ranks wait for each other later: the first one may be busy with a large snapshot. A rank that
 has ended is noticed at once, by its connection."""
+_HOLDER = "posthoc_ema_rank"
+"""Attribute of sharded averages: whose part they hold. It travels with torch.save, which writes the part of
+one rank; all other ranks would take it for theirs."""
 
 
 def is_distributed() -> bool:
@@ -131,6 +135,11 @@ class Ranks:
         return self.sharded or self.writes
 
     @property
+    def several(self) -> bool:
+        """Whether there are other ranks, or could be: the model is made for them."""
+        return self.sharded or len(self.members) > 1
+
+    @property
     def writes(self) -> bool:
         """Whether this process keeps the store."""
         return self.rank == self.members[0]
@@ -160,7 +169,9 @@ class Ranks:
         if not self.sharded:
             return part
         layout = self.layout(name)
-        return whole_from_part(part, stacked(layout, rows) if rows else layout)
+        tensor = whole_from_part(part, stacked(layout, rows) if rows else layout)
+        setattr(tensor, _HOLDER, self.rank)
+        return tensor
 
     def part_of_stack(self, name: str, stack: torch.Tensor) -> torch.Tensor:
         """What this rank needs of the saved averages of a parameter.
@@ -175,12 +186,13 @@ class Ranks:
         wanted = stacked(self.layout(name), len(stack))
         if not is_sharded(stack):
             return stack.detach()[wanted.box]
-        found = layout_of(stack, name)
-        if found.box != wanted.box:
+        holder, found = getattr(stack, _HOLDER, self.rank), layout_of(stack, name)
+        if holder != self.rank or found.box != wanted.box:
             raise TrackingError(
-                f"the saved averages of {name!r} are cut otherwise ({found.placements} of "
-                f"{found.shape}) than this rank's. Load a sharded state through "
-                "torch.distributed.checkpoint.load, into what tracker.state_dict() gives."
+                f"the saved averages of {name!r} are the part of rank {holder}, {found.local_shape} from "
+                f"{found.offsets} on; rank {self.rank} holds {wanted.local_shape} from {wanted.offsets} "
+                "on. Save and load a sharded state on all ranks by torch.distributed.checkpoint, into "
+                "what tracker.state_dict() gives."
             )
         return local_part(stack)
 
@@ -309,7 +321,9 @@ def _new_group(members: Sequence[int], seconds: float) -> Any:
 
 
 def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160]
+    """The first sentence of an error of gloo, without the line of its source."""
+    text = re.sub(r"^\[\S+\.cc:[0-9]+\] ", "", str(error).strip() or type(error).__name__)
+    return re.split(r"\. |\n", text)[0][:160]
 
 
 def _root_ranks(mesh: DeviceMesh) -> list[int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from posthoc_ema.errors import TrackingError
 
@@ -170,6 +171,8 @@ def whole_from_part(part: torch.Tensor, layout: Layout) -> torch.Tensor:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     assert tuple(part.shape) == layout.local_shape, (part.shape, layout)
+    if part.storage_offset():
+        part = from_dlpack(part)  # the same memory; torch.save fails on a DTensor with an offset
     meta = TensorMeta(torch.Size(layout.shape), _strides(layout.shape), part.dtype)
     spec = DTensorSpec(layout.mesh, layout.placements, tensor_meta=meta)
     return DTensor(part, spec, requires_grad=False)

@@ -655,6 +655,7 @@ class Tracker:
         at: int | None = None,
         train: bool | None = False,
         snapshot: bool = False,
+        broadcast: bool = False,
     ) -> AbstractContextManager[nn.Module]:
         """Put the average of one length into the model for the time of a `with` block.
 
@@ -668,6 +669,7 @@ class Tracker:
             at: stored training time at which the average ends.
             train: train flag inside; None leaves the flags alone.
             snapshot: store a snapshot first, if the length is not a tracked one.
+            broadcast: replicas: the first rank sends the average to the others, which call this as well.
 
         Returns:
             A context manager that gives the module.
@@ -681,7 +683,15 @@ class Tracker:
             ...     network.training
             False
         """
-        return swapped(self, model, sigma_rel=sigma_rel, at=at, train=train, snapshot=snapshot)
+        return swapped(
+            self,
+            model,
+            sigma_rel=sigma_rel,
+            at=at,
+            train=train,
+            snapshot=snapshot,
+            broadcast=broadcast,
+        )
 
     # ---- resuming
 
@@ -706,13 +716,15 @@ class Tracker:
         """The state of now, while a snapshot may still be being written."""
         if self._averages is not None:
             self._averages.wait()
-        if self._averages is None and self._ranks.sharded:
-            # torch.distributed.checkpoint loads into tensors that are there.
+        if self._averages is None and self._ranks.tracks and self._ranks.several:
+            # torch.distributed.checkpoint loads into tensors that are there, before the first step.
             self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
         averages, rows = self._averages, len(self._sigma_rels)
+        if self._ranks.writes and not self._folder_is_taken:
+            self._run_id = self._open_store().run_id
         return {
             "schema": STATE_SCHEMA,
-            "run_id": self._open_store().run_id if self._ranks.writes else self._run_id,
+            "run_id": self._run_id,
             "clock": self._clock,
             "time": self._time,
             "last_update": self._last_update,
@@ -741,6 +753,11 @@ class Tracker:
         """
         self.flush()
         check_state(state, self._sigma_rels, self._clock, self._model.table)
+        if self._ranks.tracks and state["last_update"] and not state["averages"]:
+            raise TrackingError(
+                "the state holds no averages: it is that of a replica that does not track. Load that of "
+                f"rank {self._ranks.members[0]} on every rank."
+            )
         time = int(state["time"])
         if self._ranks.writes:
             self._resume_store(state["run_id"], time)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+WRAPPER = "module."
+CODECS = ("float32", "float16", "bfloat16", "delta", "delta-float16", "delta-int8")
+OPTIONS = {"every": 3, "run_id": "r", "on_error": "raise", "metadata": {"who": "me"}}
+
 
 class Odd(nn.Module):
     """Sizes that no number of ranks divides, tied and frozen weights, buffers, half precision."""
@@ -19,10 +23,16 @@ class Odd(nn.Module):
         self.head = nn.Linear(5, 7, bias=False)
         self.head.weight = self.embed.weight
         self.large = nn.Parameter(torch.zeros(67, 129))  # more than a vector register, and odd
+        self.register_buffer("mask", torch.tensor([True, False, True]))
 
     def forward(self, x):
         hidden = self.frozen(self.norm(self.narrow(self.embed(x))))
-        return self.head(self.low(hidden.bfloat16()).float()) + self.large.sum()
+        return self.head(self.low(hidden.bfloat16()).float()) + self.large.sum() * 1e-3
+
+
+def make_odd():
+    torch.manual_seed(0)
+    return Odd()
 
 
 def whole_values(step, name, shape):
@@ -32,16 +42,36 @@ def whole_values(step, name, shape):
 
 
 @torch.no_grad()
-def drive(model, tracker, steps, start=0):
-    """Set the weights (the local part of each) step by step, as an optimizer would, and track."""
+def set_weights(model, step):
+    """Give each weight the values of a step, on each rank the part that it holds."""
     from posthoc_ema.torch.sharding import layout_of, local_part
 
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = whole_values(step, name.removeprefix(WRAPPER), parameter.shape)
+            local_part(parameter).copy_(values[layout_of(parameter).box])
+    for name, buffer in model.named_buffers():
+        if buffer.dtype != torch.bool:
+            buffer.copy_(whole_values(step, name.removeprefix(WRAPPER), buffer.shape).abs() * 9)
+
+
+def drive(model, tracker, steps, start=0):
+    """Set the weights step by step, as an optimizer would, and track them."""
     for step in range(start + 1, start + steps + 1):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                name = name.removeprefix("module.")
-                values = whole_values(step, name, parameter.shape)
-                local_part(parameter).copy_(values[layout_of(parameter).box])
-        for name, buffer in model.named_buffers():
-            buffer.copy_(whole_values(step, name.removeprefix("module."), buffer.shape).abs() * 9)
+        set_weights(model, step)
         tracker.step()
+
+
+def batches(steps, start=0):
+    """Training data; that of a step depends on its number alone."""
+    for step in range(start + 1, start + steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        yield torch.randint(0, 7, (8,), generator=generator)
+
+
+def train(model, optimizer, steps, start=0):
+    """Real training steps on the same batch on every rank."""
+    for x in batches(steps, start):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), x).backward()
+        optimizer.step()

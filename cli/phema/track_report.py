@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 TYPE_CHECKING = False
@@ -39,6 +38,8 @@ def _read(events: str) -> dict[str, dict[Any, Any]]:
         kind, _, rest = line.partition(" ")
         pid, _, text = rest.partition(" ")
         if kind == "report":
+            import json
+
             report = json.loads(text)
             # A process that died on the way has said what it had reached at its last snapshot.
             seen[kind][pid, report["folder"]] = report
@@ -95,6 +96,8 @@ def _why_nothing(seen: dict[str, dict[Any, Any]]) -> str:
 
 
 def _write(path: str, reports: list[dict[str, Any]], lines: list[str]) -> list[str]:
+    import json
+
     try:
         with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
             json.dump({"tracked": reports, "lines": lines}, file, indent=1)

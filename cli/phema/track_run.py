@@ -5,8 +5,6 @@ Loaded before every tracked command, so it loads little itself (no typer, no Num
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import sys
@@ -90,7 +88,7 @@ def _environment(options: dict[str, Any], site: str, events: str) -> dict[str, s
     return {
         **os.environ,
         "PYTHONPATH": site + os.pathsep + path if path else site,
-        ENVIRONMENT: json.dumps({**options, "out": out}),
+        ENVIRONMENT: repr({**options, "out": out}),  # literals; JSON would take longer to load
         EVENTS: events,
     }
 
@@ -171,9 +169,11 @@ def _end_like(status: int) -> int:
 
 
 def _remove(folder: str, events: str) -> None:
-    with contextlib.suppress(OSError):  # something else was put there; it is a temporary folder
+    try:
         os.unlink(events)  # noqa: PTH108
         os.rmdir(folder)  # noqa: PTH106
+    except OSError:  # something else was put there; it is a temporary folder
+        pass
 
 
 def _refuse(message: str) -> int:
@@ -182,6 +182,8 @@ def _refuse(message: str) -> int:
 
 
 def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it
+    try:
         sys.stderr.write(f"phema track: {message}\n")
         sys.stderr.flush()
+    except OSError:  # nobody reads it
+        pass

@@ -7,7 +7,7 @@ were, the tracker is made and the first iteration counted. From then on each ite
 
 from __future__ import annotations
 
-import json
+import ast
 import logging
 import os
 import sys
@@ -52,7 +52,7 @@ def start(note: Note) -> Launch:
     handler.setFormatter(_OneLine("phema track: %(message)s"))
     _log.addHandler(handler)
     _log.propagate = False  # the script's own logging stays what it is
-    return Launch(json.loads(os.environ[ENVIRONMENT]), note)
+    return Launch(ast.literal_eval(os.environ[ENVIRONMENT]), note)
 
 
 class _Pool:

@@ -237,10 +237,13 @@ def follow(
         if outer_step(optimizer) is None:
             iterations.after(optimizer)
 
+    # A compiled step calls them as they are: they look at the stack, which is not to be traced.
+    before_step, after_step = torch.compiler.disable(before), torch.compiler.disable(after)
+
     def attach(optimizer: Optimizer) -> None:
         followed.add(id(optimizer))
-        handles.append(optimizer.register_step_pre_hook(before))
-        handles.append(optimizer.register_step_post_hook(after))
+        handles.append(optimizer.register_step_pre_hook(before_step))
+        handles.append(optimizer.register_step_post_hook(after_step))
 
     def detach() -> None:
         for handle in handles:

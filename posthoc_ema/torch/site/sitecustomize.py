@@ -105,13 +105,12 @@ def register(optimizer_module: Any) -> None:
     def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         launch.after(optimizer, args, kwargs)
 
-    hooks: Any = (before_step, after_step)
-    for hook in hooks:
-        hook._torchdynamo_disable = True  # a compiled step calls it as it is
     try:
-        optimizer_module.register_optimizer_step_pre_hook(before_step)
-        optimizer_module.register_optimizer_step_post_hook(after_step)
-    except AttributeError:
+        from torch._compile import _disable_dynamo as untraced  # a compiled step calls it as it is
+
+        optimizer_module.register_optimizer_step_pre_hook(untraced(before_step))
+        optimizer_module.register_optimizer_step_post_hook(untraced(after_step))
+    except (ImportError, AttributeError):
         note("missing", "%s\tits torch is too old: 2.6 is needed" % sys.executable)  # noqa: UP031
         return
     note("torch")
@@ -119,17 +118,16 @@ def register(optimizer_module: Any) -> None:
 
 def next_sitecustomize() -> None:
     """Run the sitecustomize that this one hides, as Python would have."""
-    from importlib.machinery import PathFinder
-    from importlib.util import module_from_spec
-
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
     sys.path[:] = [p for p in sys.path if not p or os.path.abspath(p) != here]  # noqa: PTH100
-    spec = PathFinder.find_spec("sitecustomize", sys.path)
-    if spec is None or spec.loader is None:
-        return
-    module = module_from_spec(spec)
-    sys.modules["sitecustomize"] = module
-    spec.loader.exec_module(module)
+    ours = sys.modules.pop(__name__)
+    try:
+        __import__(__name__)
+    except ModuleNotFoundError as error:
+        if error.name != __name__:
+            raise
+    finally:
+        sys.modules.setdefault(__name__, ours)
 
 
 if ENVIRONMENT in os.environ:

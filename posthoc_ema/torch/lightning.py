@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
-from posthoc_ema.errors import ConfigError
+from posthoc_ema.errors import ConfigError, PhemaError
 from posthoc_ema.profiles import DEFAULT_SIGMA_RELS
 from posthoc_ema.torch.optimizer_hook import TrackerOptions
 from posthoc_ema.torch.resuming import refuse_taken
-from posthoc_ema.torch.stepping import Iterations, follow, parameters_of
+from posthoc_ema.torch.sharding import is_sharded
+from posthoc_ema.torch.stepping import follow, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 if TYPE_CHECKING or (
@@ -85,8 +86,6 @@ class PostHocEMA(Callback):
         self._tracker: Tracker | None = None
         self._ended = False
         self._state: dict[str, Any] | None = None  # of a tracker that is not there yet, or no more
-        self._iterations: Iterations | None = None
-        self._following = contextlib.ExitStack()
         self._swap = contextlib.ExitStack()
 
     @property
@@ -114,8 +113,8 @@ class PostHocEMA(Callback):
             for optimizer in trainer.optimizers
             if not owned.isdisjoint(map(id, parameters_of(optimizer)))
         ]
-        self._iterations, detach = follow(optimizers, self._tracker.step)
-        self._following.callback(detach)
+        iterations, self._tracker._detach = follow(optimizers, self._tracker.step)
+        self._tracker._settle = iterations.settle
 
     def _begin(self, module: nn.Module, step: int) -> Tracker:
         if self._state is None:
@@ -139,15 +138,8 @@ class PostHocEMA(Callback):
         self._state, self._ended = None, False
         return tracker
 
-    def _settle(self) -> None:
-        """Count a step that still waits for another optimizer: the weights are looked at now."""
-        if self._iterations is not None and not self._ended:
-            self._iterations.settle()
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the last averages."""
-        self._settle()
-        self._following.close()
         if self._tracker is not None and self._tracker.time:
             self._tracker.snapshot()
 
@@ -164,7 +156,6 @@ class PostHocEMA(Callback):
         self._end()
 
     def _end(self) -> None:
-        self._following.close()
         if self._tracker is not None and not self._ended:
             self._ended = True
             self._state = self._tracker.state_dict() if self._tracker.time else None
@@ -174,13 +165,15 @@ class PostHocEMA(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average in."""
-        self._settle()
-        tracker = self._tracker
-        if self._validate_with is None or tracker is None or tracker.stopped or not tracker.time:
+        if self._validate_with is None or self._tracker is None or trainer.state.fn != "fit":
             return
-        if trainer.state.fn == "fit":
-            swap = tracker.swapped(sigma_rel=self._validate_with, train=None)
+        swap = self._tracker.swapped(sigma_rel=self._validate_with, train=None, broadcast=True)
+        try:
             self._swap.enter_context(swap)
+        except PhemaError as error:  # on all ranks alike
+            if self._options.get("on_error") == "raise":
+                raise
+            _log.error("validation sees the weights, not their average: %s", error)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the weights back."""
@@ -189,13 +182,21 @@ class PostHocEMA(Callback):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker's state, for the checkpoint that Lightning saves."""
-        self._settle()
+        """The tracker's state, for the checkpoint that Lightning saves; all ranks make it together."""
         tracker = self._tracker
         if tracker is not None and tracker.time and not self._ended:
-            return tracker.state_dict()
-        return self._state or {}
+            return _whole(tracker.state_dict())
+        return _whole(self._state) if self._state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the tracker is there."""
         self._state = state_dict
+
+
+def _whole(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with sharded averages made whole: the first rank's checkpoint is the only one."""
+    averages = {
+        name: tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
+        for name, tensor in state["averages"].items()
+    }
+    return {**state, "averages": averages}

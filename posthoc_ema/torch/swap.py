@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.optim.swa_utils import update_bn
 
 from posthoc_ema.codecs import AnyArray
-from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.errors import TrackingError
 from posthoc_ema.synthesis import synthesize
 from posthoc_ema.torch.parameters import named_tensors
 from posthoc_ema.torch.peft_names import adapter_tensors
+from posthoc_ema.torch.ranks import _replica_group
+from posthoc_ema.torch.sharding import is_sharded, layout_of, local_part, whole_from_part
 
 if TYPE_CHECKING:
     from posthoc_ema.torch.tracker import Tracker
@@ -73,22 +75,39 @@ def swap_in(
         >>> model.training
         True
     """
+    with _swap(model, _targets(model, tensors), train):
+        yield model
+
+
+Target = tuple[torch.Tensor, torch.Tensor | None]
+"""A live tensor and its new values; None if another rank sends them."""
+
+
+@contextlib.contextmanager
+def _swap(
+    model: nn.Module,
+    targets: Sequence[Target],
+    train: bool | None,
+    share: Callable[[torch.Tensor], None] = lambda target: None,
+) -> Iterator[None]:
+    """Fill targets, for a while. `share` is called on each when it has been filled."""
     if is_swapped(model):
         raise TrackingError(
             "the model is swapped already, and swaps do not nest. Leave the first `with` block before "
             "the second."
         )
-    targets = _targets(model, tensors)
-    backup = _Backup(model, [target for target, _ in targets])
+    backup = Backup(model, [target for target, _ in targets])
     _in_use.update(id(target) for target, _ in targets)
     try:
         with _no_steps(targets):
             _reshard(model)
             for target, values in targets:
-                _fill(target, values)
+                if values is not None:
+                    _fill(target, values)
+                share(target)
             if train is not None:
                 model.train(train)
-            yield model
+            yield
     finally:
         try:
             _reshard(model)
@@ -98,21 +117,21 @@ def swap_in(
 
 
 def _targets(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor | AnyArray]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(live tensor, its new values), tied tensors once; nothing has been changed yet."""
+    model: nn.Module, tensors: Mapping[str, torch.Tensor | AnyArray | None]
+) -> list[Target]:
+    """Live tensors and their new values, tied tensors once; nothing has been changed yet."""
     live = adapter_tensors(model) or {}
     if not tensors.keys() <= live.keys():
         live |= dict(named_tensors(model, "all"))
-    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    found: dict[int, Target] = {}
     for name, given in tensors.items():
-        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
         if name not in live:
             raise TrackingError(
                 f"{name!r} is no tensor of this {type(model).__name__}. Swap into the model that was "
                 "tracked, or one of the same class and configuration."
             )
-        if live[name].shape != values.shape:
+        values = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        if values is not None and live[name].shape != values.shape:
             raise TrackingError(
                 f"{name!r} has shape {tuple(live[name].shape)} in this model and {tuple(values.shape)} in "
                 "the average. Swap into a model of the same configuration."
@@ -121,8 +140,20 @@ def _targets(
     return list(found.values())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _fill(target: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.inference_mode(False), torch.no_grad():
+    """Copy values into a live tensor, whole or sharded; each rank its part."""
+    if is_sharded(values) and not (
+        is_sharded(target) and layout_of(target).box == layout_of(values).box
+    ):
+        # Averages that replicas have split: every rank needs the whole.
+        part = local_part(values).to(target.device)
+        values = whole_from_part(part, layout_of(values)).full_tensor()  # type: ignore[attr-defined]
+    if is_sharded(target):
+        box = layout_of(target).box
+        local_part(target).copy_(local_part(values) if is_sharded(values) else values[box])
+    else:
         target.copy_(values)
 
 
@@ -135,7 +166,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _no_steps(targets: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def _no_steps(targets: Sequence[Target]) -> Iterator[None]:
     ids = {id(target) for target, _ in targets}
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -152,7 +183,7 @@ def _no_steps(targets: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None
         handle.remove()
 
 
-class _Backup:
+class Backup:
     """What a module has to get back.
 
     Args:
@@ -191,7 +222,8 @@ class _Backup:
             values = self._values[id(tensor)]
             as_before = tensor.dtype == values.dtype and tensor.device == values.device
             if as_before and tensor.shape == values.shape:
-                _fill(tensor, values)
+                with torch.inference_mode(False), torch.no_grad():
+                    tensor.copy_(values)
             else:
                 tensor.data = values
 
@@ -213,6 +245,7 @@ def swapped(
     at: int | None = None,
     train: bool | None = False,
     snapshot: bool = False,
+    broadcast: bool = False,
 ) -> Iterator[nn.Module]:
     """Evaluate an average while training runs: it is in the model for the length of a `with` block.
 
@@ -220,6 +253,9 @@ def swapped(
     other length, or time, is synthesized from the stored snapshots, in host memory (4 bytes per
     parameter), with the buffers of that time; it ends at the last *stored* time unless `snapshot` asks
     for one of now.
+
+    With averages on all ranks (FSDP2, shard_averages=True) every rank calls this. Of replicas the first
+    rank alone has the averages: it may call this alone, or all of them with `broadcast`.
 
     Args:
         tracker: what tracks the model.
@@ -230,6 +266,8 @@ def swapped(
             last stored one.
         train: train flag inside, see `swap_in`.
         snapshot: store the averages as of now first, if the length is not a tracked one.
+        broadcast: the first rank sends the average to the other replicas, which call this as well.
+            Nothing is different where there is one process, or where every rank has its part.
 
     Yields:
         The model.
@@ -254,15 +292,16 @@ def swapped(
         7.0
     """
     model = tracker._model.module if model is None else model
-    tensors: Mapping[str, torch.Tensor | AnyArray]
-    if at is None and sigma_rel in tracker.sigma_rels:
-        tensors = tracker.averages(sigma_rel)
+    tracker._settle()
+    average = functools.partial(_average, tracker, sigma_rel, at, snapshot)
+    if broadcast and not tracker._ranks.sharded and len(tracker._ranks.members) > 1:
+        entries = tracker._model.table.entries.values()
+        in_memory = _in_memory(tracker, sigma_rel, at)
+        names = [entry.name for entry in entries if entry.averaged or not in_memory]
+        swap = _from_first_rank(tracker, model, names, average, train)
     else:
-        if snapshot and at is None:
-            tracker.snapshot()
-        tracker.flush()
-        tensors = synthesize(tracker.store, sigma_rel, at)
-    with swap_in(model, tensors, train=train):
+        swap = _swap(model, _targets(model, average()), train)
+    with swap:
         tracker._swapped = model_is_tracked = is_swapped(tracker._model.module)
         try:
             yield model
@@ -271,57 +310,67 @@ def swapped(
                 tracker._swapped = False
 
 
-# ---- BatchNorm
+def _in_memory(tracker: Tracker, sigma_rel: float, at: int | None) -> bool:
+    return at is None and sigma_rel in tracker.sigma_rels
 
 
-def recalibrate_batchnorm(
-    model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
-) -> None:
-    """Recompute the running statistics of BatchNorm layers for the weights that are in the model now.
+def _average(
+    tracker: Tracker, sigma_rel: float, at: int | None, snapshot: bool
+) -> Mapping[str, torch.Tensor | AnyArray]:
+    if not tracker._ranks.tracks:  # nor may it read the store, to which the first rank is writing
+        raise TrackingError(
+            f"the averages of replicas are on rank {tracker._ranks.members[0]}. Call swapped there alone, or "
+            "on all ranks with broadcast=True."
+        )
+    if _in_memory(tracker, sigma_rel, at):
+        if tracker.failure is not None:
+            raise TrackingError(
+                f"there is no average of now: tracking stopped before ({tracker.failure}). Stored ones are "
+                "there: name a time with at=."
+            )
+        return tracker.averages(sigma_rel)
+    if snapshot and at is None:
+        tracker.snapshot()
+    tracker.flush()
+    return synthesize(tracker.store, sigma_rel, at)
 
-    Statistics belong to weights: those that training gathered fit the raw weights, not an average. Call
-    it inside `swapped` (the statistics of training come back at its end), or on a model that was loaded
-    with synthesized weights. Each statistic becomes the mean over the batches
-    (`torch.optim.swa_utils.update_bn`). The model runs in train mode meanwhile, dropout included; its
-    train flags are put back.
 
-    Args:
-        model: the module; nothing happens if it has no BatchNorm.
-        batches: inputs of the model, or tuples and lists whose first element is one. A few hundred
-            samples do; they should be training data.
-        device: where inputs are moved first; by default they stay where they are.
+def _from_first_rank(
+    tracker: Tracker,
+    model: nn.Module,
+    names: Sequence[str],
+    average: Callable[[], Mapping[str, torch.Tensor | AnyArray]],
+    train: bool | None,
+) -> contextlib.AbstractContextManager[None]:
+    """The swap of a replica: the first rank has the average and sends it, tensor by tensor.
 
     Raises:
-        ConfigError: there was no batch; the statistics are as before.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
-        >>> recalibrate_batchnorm(model, [torch.tensor([[1.0], [3.0]])])
-        >>> model[0].running_mean.item()
-        2.0
+        TrackingError: the first rank has no average; on all ranks.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    backup = _Backup(model, [])
-    count = 0
+    distributed = torch.distributed
+    group, first = _replica_group(tracker._model.module), tracker._ranks.members[0]
+    tensors: dict[str, torch.Tensor | AnyArray | None] = dict.fromkeys(names)
+    error: Exception | None = None
+    if tracker._ranks.writes:
+        try:
+            found = average()
+            tensors = {name: found[name] for name in names}
+        except Exception as problem:
+            error = problem
+    targets = _targets(model, tensors)
+    is_there = torch.tensor([error is None], dtype=torch.uint8, device=targets[0][0].device)
+    distributed.broadcast(is_there, src=first, group=group)
+    if error is not None:
+        raise error
+    if not is_there.item():
+        raise TrackingError(f"rank {first} has no average to send; its own error says why.")
 
-    def counted() -> Iterator[Any]:
-        nonlocal count
-        for batch in batches:
-            count += 1
-            yield batch
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def send(target: torch.Tensor) -> None:
+        if target.numel():
+            flat = target.detach().reshape(-1)
+            distributed.broadcast(flat.view(torch.uint8), src=first, group=group)
+            target.copy_(flat.view_as(target))  # nothing but work if flat is no copy
 
-    done = False
-    try:
-        where = None if device is None else torch.device(device)
-        update_bn(counted(), model, where)
-        done = count > 0 or not layers
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        backup.restore_flags() if done else backup.restore()
-    if not done:
-        raise ConfigError(
-            "recalibrate_batchnorm needs at least one batch, got none. Pass batches of inputs, such as "
-            "a DataLoader of training data."
-        )
+    return _swap(model, targets, train, send)

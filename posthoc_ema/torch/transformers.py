@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import uuid
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -65,7 +63,6 @@ class PostHocEMACallback(TrainerCallback):
         self._options["resume"] = True  # whether there is something to continue is known below
         self._tracker: Tracker | None = None
         self._running = False
-        self._session = ""
 
     @property
     def tracker(self) -> Tracker | None:
@@ -78,7 +75,7 @@ class PostHocEMACallback(TrainerCallback):
         """Put an average into the model for the time of a `with` block, see `Tracker.swapped`.
 
         Before the first step, when there is none yet, the block sees the weights. Wrap the Trainer's
-        `evaluate` in it to evaluate an average during training.
+        `evaluate` in it to evaluate an average during training; all processes call it.
 
         Args:
             model: the module that takes the average; the tracked one by default.
@@ -87,7 +84,7 @@ class PostHocEMACallback(TrainerCallback):
         """
         if self._tracker is None or self._tracker.time == 0:
             return contextlib.nullcontext(model)
-        return self._tracker.swapped(model, sigma_rel=sigma_rel, train=train)
+        return self._tracker.swapped(model, sigma_rel=sigma_rel, train=train, broadcast=True)
 
     # ---- training
 
@@ -110,7 +107,6 @@ class PostHocEMACallback(TrainerCallback):
                 "new folder.",
             )
         self._tracker = Tracker(model, self._folder, every=self._every, **self._options)
-        self._session = _shared_token()
         self._running = True
         if state.global_step:
             self._resume(self._tracker, args, state.global_step)
@@ -119,7 +115,8 @@ class PostHocEMACallback(TrainerCallback):
 
     def _resume(self, tracker: Tracker, args: TrainingArguments, step: int) -> None:
         checkpoint, saved = self._find(args, step)
-        tracker.load_state_dict(load_state(saved, tracker._model.averaged()))
+        targets = {name: tracker._ranks.layout(name) for name in tracker._model.averaged()}
+        tracker.load_state_dict(load_state(saved, targets))
         _log.info("tracking goes on at time %d, from %s.", tracker.time, checkpoint)
 
     def _find(self, args: TrainingArguments, step: int) -> tuple[Path, SavedState]:
@@ -182,13 +179,5 @@ class PostHocEMACallback(TrainerCallback):
         sharded = any(is_sharded(tensor) for tensor in tracked["averages"].values())
         if sharded or args.should_save:
             extra = {"global_step": state.global_step}
-            session = self._session if sharded else ""
+            session = self._tracker.session
             save_state(checkpoint / STATE_FOLDER, tracked, extra, session=session)
-
-
-def _shared_token() -> str:
-    """A text that all ranks of this start share."""
-    token = [uuid.uuid4().hex]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(token, src=0)
-    return token[0]

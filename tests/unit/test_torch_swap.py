@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from posthoc_ema.errors import ConfigError, SnapshotNotFoundError, TrackingError
-from posthoc_ema.torch import Tracker, track
-from posthoc_ema.torch.swap import is_swapped, recalibrate_batchnorm, swap_in
+from posthoc_ema.torch import Tracker, recalibrate_batchnorm, track
+from posthoc_ema.torch.swap import is_swapped, swap_in
 
 from .torch_models import Network, train
 

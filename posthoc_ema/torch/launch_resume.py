@@ -59,6 +59,8 @@ def _fingerprint(parameters: Sequence[torch.Tensor]) -> str | None:
         if hasattr(parameter, "device_mesh"):
             return None
         values = parameter.detach().reshape(-1)
+        if not len(values):
+            continue  # has no bits to look at, and cannot be viewed as bytes
         sample = values[:: max(1, len(values) // _ELEMENTS)][:_ELEMENTS].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

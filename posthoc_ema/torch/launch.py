@@ -109,6 +109,7 @@ class Launch:
         self._process = os.getpid()
         self._off = False
         self._runs: list[TrackedRun] = []
+        self._passed_over: list[str] = []  # classes that --model does not match
         self._marks: dict[int, Mark] = {}
         # None: trained, but not tracked. The references tell whether an id is still the same optimizer.
         self._owners: dict[int, tuple[weakref.ref[Optimizer], TrackedRun | None]] = {}
@@ -215,10 +216,8 @@ class Launch:
         pattern, several = self._options["model"], "{model}" in self._options["out"]
         fitting = [m for m in modules if pattern is None or _matches(pattern, m)]
         if not fitting and not self._runs:
-            names = ", ".join(dict.fromkeys(class_name(m) for m in modules))
-            raise TrackingError(
-                f"no model that is trained matches --model {pattern}: it is {names}."
-            )
+            self._passed_over += [class_name(m) for m in modules]
+            _log.warning("%s", self._nothing_fits("trained so far"))
         chosen = fitting if several else [] if self._runs else fitting[:1]
         others = [class_name(m) for m in fitting if not any(m is c for c in chosen)]
         if others:
@@ -230,6 +229,10 @@ class Launch:
                 ", ".join(others),
             )
         return chosen
+
+    def _nothing_fits(self, trained: str) -> str:
+        names = ", ".join(dict.fromkeys(self._passed_over))
+        return f"--model {self._options['model']} matches no class of what is {trained}: {names}."
 
     def _begin(self, module: nn.Module, optimizers: list[Optimizer]) -> TrackedRun:
         name = class_name(module)
@@ -247,6 +250,8 @@ class Launch:
                 self._pool.iterations.settle()  # a single step
         except Exception as error:
             self._fail(error)
+        if self._passed_over and not self._runs:
+            self._note("problem", self._nothing_fits("trained"))
         for run in self._runs:
             run.finish(store=not self._off)
 

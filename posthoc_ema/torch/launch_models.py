@@ -187,7 +187,9 @@ class Scan:
         for key in self._calls:
             if key in by_id:
                 return by_id[key]
-        return _outermost([m for m in modules if _can_be_called(m)] or modules)
+        # A call of a module that was compiled in place is not seen, but why else was it compiled.
+        compiled = [m for m in modules if _is_compiled(m)]
+        return _outermost(compiled or [m for m in modules if _can_be_called(m)] or modules)
 
 
 def _outermost(modules: Sequence[nn.Module]) -> nn.Module:

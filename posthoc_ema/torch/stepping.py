@@ -32,6 +32,9 @@ def _wrapper_code() -> CodeType:
 
 
 _CODE = _wrapper_code()
+_REHEARSAL = "_init_optim_state"
+"""Function of torch.distributed.checkpoint that steps an optimizer without gradients and at rate zero, to make
+the state that a checkpoint is loaded into (at each checkpoint, for optimizers that have none, as SGD)."""
 
 
 def _is_step(frame: FrameType) -> bool:
@@ -60,11 +63,14 @@ def outer_step(optimizer: Optimizer) -> Optimizer | None:
     """The outermost optimizer in whose `step` this one's runs; None if this step is an outermost one.
 
     To be called in a hook of `optimizer`. A step inside that of an optimizer of other parameters (in its
-    closure, say) is an outermost one too: what it trains is done when it is done.
+    closure, say) is an outermost one too: what it trains is done when it is done. A step that only makes
+    the optimizer's state is the optimizer's own affair: it counts as a nested one.
     """
     frame: FrameType | None = sys._getframe(1)
     depth = 0
     while frame is not None:
+        if frame.f_code.co_name == _REHEARSAL:
+            return optimizer
         depth += _is_step(frame)
         frame = frame.f_back
     if depth < 2:
@@ -153,6 +159,7 @@ class Iterations:
         self._missed: dict[int, int] = {}
         self._stepped: dict[int, Outcome] = {}
         self._seen: dict[int, weakref.ref[Optimizer]] = {}
+        self._joined = False
 
     @property
     def open(self) -> bool:
@@ -172,27 +179,41 @@ class Iterations:
         """To be called when an outermost step of `optimizer` is about to begin."""
         if not self._stepped:
             return
-        is_leader = next(iter(self._expected), None) == id(optimizer)
-        # One that joins in the middle of an iteration does not make one of its own.
-        leader_begins = is_leader and not self._expected.keys().isdisjoint(self._stepped)
-        if id(optimizer) in self._stepped or leader_begins:
-            self.settle()
+        if self._joined and id(optimizer) not in self._stepped:
+            self._forget_joined()
+        elif id(optimizer) in self._stepped or next(iter(self._expected), None) == id(optimizer):
+            self._end()
 
     def after(self, optimizer: Optimizer) -> None:
         """To be called when an outermost step of `optimizer` has ended."""
+        new = not self._learning and id(optimizer) not in self._expected
+        # One that steps for the first time when all others have: most likely it ends the iteration that
+        # was counted a moment ago. If it is the next one to step again, it makes iterations of its own.
+        self._joined = new and not self._stepped
         self._stepped[id(optimizer)] = Outcome(optimizer)
         self._seen[id(optimizer)] = weakref.ref(optimizer)
-        if self._learning or not self._expected.keys() <= self._stepped.keys():
+        if new:
+            self._expected[id(optimizer)] = self._seen[id(optimizer)]
+        if self._learning or self._joined or not self._expected.keys() <= self._stepped.keys():
             return
         outcomes = self._stepped.values()
         if all(o.known for o in outcomes) or any(o.known and o.moved() for o in outcomes):
-            self.settle()
+            self._end()
 
     def settle(self) -> None:
         """End the iteration now, if one is open: nothing will step before its weights are looked at."""
-        if not self._stepped:
-            return
+        if self._joined:
+            self._forget_joined()
+        elif self._stepped:
+            self._end()
+
+    def _forget_joined(self) -> None:
+        self._stepped.clear()
+        self._joined = False
+
+    def _end(self) -> None:
         stepped, self._stepped = self._stepped, {}
+        self._joined = False
         moved = any(outcome.moved() for outcome in stepped.values())
         self._learn(stepped.keys())
         if moved:

@@ -191,6 +191,32 @@ def test_an_optimizer_that_steps_rarely_does_not_add_iterations():
     assert len(events) == 10
 
 
+def test_one_that_joins_does_not_add_an_iteration_and_is_waited_for():
+    net = model()
+    first, second = SGD(net[0].parameters(), lr=0.1), SGD(net[1].parameters(), lr=0.1)
+    events = Events(net)
+    iterations = Iterations(events, [first])
+    for number in range(1, 7):
+        for optimizer in (first, second) if number > 3 else (first,):
+            iterations.before(optimizer)
+            iterations.after(optimizer)
+        assert len(events) == number
+    iterations.settle()
+    assert len(events) == 6
+
+
+def test_one_that_takes_over_counts_each_of_its_steps():
+    net = model()
+    first, second = SGD(net[0].parameters(), lr=0.1), SGD(net[1].parameters(), lr=0.1)
+    events = Events(net)
+    iterations = Iterations(events, [first])
+    for optimizer in (first, first, second, second, second):
+        iterations.before(optimizer)
+        iterations.after(optimizer)
+    iterations.settle()
+    assert len(events) == 5
+
+
 def test_an_optimizer_for_each_parameter_counts_once_per_backward():
     net = model()
     optimizers = {p: SGD([p], lr=0.1) for p in net.parameters()}

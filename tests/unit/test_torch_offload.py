@@ -107,9 +107,13 @@ def test_errors_do_not_leave_updates_waiting_for_ever(monkeypatch):
         raise ValueError("broken")
 
     monkeypatch.setattr(eager.EagerKernel, "update", fail)
-    with pytest.raises(TrackingError, match="ValueError: broken"):
+
+    def go_on():
         for _ in range(5):
             averages.update(value, [1.0])
+
+    with pytest.raises(TrackingError, match="ValueError: broken"):
+        go_on()
     averages.close()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from posthoc_ema.errors import ConfigError, TrackingError
 from posthoc_ema.torch.averaging.choosing import KERNELS, Kernel, new_kernel
+from posthoc_ema.torch.averaging.layout import signature
 from posthoc_ema.torch.averaging.memory import Shelf
 from posthoc_ema.torch.averaging.offload import Offload
 
@@ -67,7 +68,8 @@ class Averages:
         self._devices: list[torch.device] = []
         self._shelves: list[tuple[Shelf, Kernel]] = []
         self._shelf_of: dict[str, Shelf] = {}
-        self._offload = None if device is None else Offload(self._run)
+        self._signatures: dict[int, tuple[list[object], ...]] = {}
+        self._offload = None if device is None else Offload(self._run, self._check)
         tensors = list(parameters.values())
         self._arrange(tensors, [t.device if device is None else _HOST for t in tensors])
 
@@ -104,13 +106,10 @@ class Averages:
         tensors = self._ordered(parameters)
         seed = self._num_updates if seed is None else seed
         self._num_updates += 1
-        if self._offload is not None:
+        if self._offload is None:
+            self._run(tensors, weights, seed)
+        else:
             self._offload.submit(tensors, list(weights), seed)
-            return
-        devices = [tensor.device for tensor in tensors]
-        if devices != self._devices:
-            self._arrange(tensors, devices)
-        self._run(tensors, weights, seed)
 
     def _ordered(self, parameters: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The parameters in our order, if they are those that tracking began with."""
@@ -120,31 +119,48 @@ class Averages:
                 f"parameter {name!r} was {'added' if name in parameters else 'removed'} while it was "
                 "tracked. Start a new tracker with a new folder for the changed model."
             )
-        tensors = [parameters[name] for name in self._names]
-        shapes = [tensor.shape for tensor in tensors]
-        if shapes != self._shapes:
-            i = next(i for i, shape in enumerate(shapes) if shape != self._shapes[i])
-            raise TrackingError(
-                f"parameter {self._names[i]!r} had shape {tuple(self._shapes[i])} when tracking began and "
-                f"has {tuple(shapes[i])} now. Start a new tracker with a new folder for the changed model."
-            )
-        return tensors
+        return [parameters[name] for name in self._names]
+
+    def _check(self, tensors: Sequence[torch.Tensor]) -> None:
+        for name, shape, tensor in zip(self._names, self._shapes, tensors, strict=True):
+            if tensor.shape != shape:
+                raise TrackingError(
+                    f"parameter {name!r} had shape {tuple(shape)} when tracking began and has "
+                    f"{tuple(tensor.shape)} now. Start a new tracker with a new folder for the changed "
+                    "model."
+                )
+            if not tensor.is_floating_point():
+                raise TrackingError(
+                    f"parameter {name!r} has dtype {tensor.dtype}; averages are defined for floating "
+                    "dtypes. Convert it back, or freeze it before tracking."
+                )
 
     @torch.no_grad()
-    def _run(self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int) -> None:
+    def _run(
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        seed: int,
+        source: int = 0,
+    ) -> None:
         """Update all shelves. The averages count as broken until that is done."""
         if self._broken:
             raise TrackingError(
                 "the averages are not whole: an update was interrupted between two tensors. Resume from "
                 "the last checkpoint."
             )
-        work = []
+        now = signature(tensors)
+        changed = now != self._signatures.get(source)
+        if changed:  # what is refused is refused before an average is touched
+            self._check(tensors)
+            devices = [tensor.device for tensor in tensors]
+            if devices != self._devices:
+                self._arrange(tensors, devices)
+        self._broken = True
         for shelf, kernel in self._shelves:
             mine = [tensors[i] for i in shelf.indices]
-            work.append((kernel, mine, shelf.changed(mine)))  # may refuse: nothing is touched yet
-        self._broken = True
-        for kernel, mine, changed in work:
-            kernel.update(mine, weights, seed, changed)
+            kernel.update(mine, weights, seed, source, changed)
+        self._signatures[source] = now
         self._broken = False
 
     def _arrange(self, tensors: Sequence[torch.Tensor], devices: list[torch.device]) -> None:

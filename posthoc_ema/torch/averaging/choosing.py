@@ -20,7 +20,12 @@ class Kernel(Protocol):
     """What updates the averages of one shelf."""
 
     def update(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int, changed: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        seed: int,
+        source: int,
+        changed: bool,
     ) -> None:
         """One update in place: a[p] <- a[p] + weights[p] (parameter - a[p]).
 
@@ -28,7 +33,8 @@ class Kernel(Protocol):
             tensors: the parameters in the order of the shelf.
             weights: 1 - beta of each profile.
             seed: of stochastic rounding.
-            changed: other tensors than last time.
+            source: which of several sets of tensors that take turns this is.
+            changed: its tensors are others than last time.
         """
 
 

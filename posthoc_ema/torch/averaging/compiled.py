@@ -79,13 +79,18 @@ class CompiledKernel:
         self._fallback: EagerKernel | None = None
 
     def update(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int, changed: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        seed: int,
+        source: int,
+        changed: bool,
     ) -> None:
         """One update, see `EagerKernel.update`."""
         if changed and self._fallback is None:
             self._compile(tensors)
         if self._fallback is not None:
-            self._fallback.update(tensors, weights, seed, changed)
+            self._fallback.update(tensors, weights, seed, source, changed)
             return
         scalars = [torch.tensor(weight, dtype=torch.float32) for weight in weights]
         for region, rows in zip(self._shelf.regions, self._rows, strict=True):
@@ -94,8 +99,8 @@ class CompiledKernel:
             else:
                 gathering = self._gatherings[id(region)]
                 if changed:
-                    gathering.prepare([tensors[i] for i in region.indices])
-                theta = gathering.values()
+                    gathering.prepare([tensors[i] for i in region.indices], source)
+                theta = gathering.values(source)
             update = compiled_update(len(rows), theta.dtype, self._shelf.device.type)
             update(rows, theta, scalars)
 

@@ -47,7 +47,12 @@ class EagerKernel:
         self._work = torch.empty(0)
 
     def update(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int, changed: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        seed: int,
+        source: int,
+        changed: bool,
     ) -> None:
         """One update, see `Averages.update`.
 
@@ -55,7 +60,8 @@ class EagerKernel:
             tensors: the parameters in the order of the shelf.
             weights: 1 - beta of each profile.
             seed: of stochastic rounding.
-            changed: other tensors than last time.
+            source: which of several sets of tensors that take turns this is.
+            changed: its tensors are others than last time.
         """
         if self._rounding is not None:
             self._rounding.start(seed)
@@ -64,8 +70,8 @@ class EagerKernel:
             if not region.is_single:
                 gathering = self._gatherings[id(region)]
                 if changed:
-                    gathering.prepare([tensors[i] for i in region.indices])
-                self._flat(region, gathering.values(), weights)
+                    gathering.prepare([tensors[i] for i in region.indices], source)
+                self._flat(region, gathering.values(source), weights)
                 continue
             tensor = tensors[region.indices[0]]
             plain = tensor.dtype == self._shelf.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,6 +14,14 @@ SERIAL = 32_768
 """Elements under which torch.cat copies with one fast loop and one thread (its grain size)."""
 MEDIUM = 2_048
 """Tensors of at least so many elements are copied with all threads."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Concatenations (tensors, into) and after them copies (into, tensor)."""
+
+    cats: list[tuple[list[torch.Tensor], torch.Tensor]] = field(default_factory=list)
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 class Gathering:
@@ -28,26 +37,30 @@ class Gathering:
     def __init__(self, region: Region) -> None:
         self._region = region
         self._flat = torch.empty_like(region.rows[0], dtype=torch.float32)
-        self._cats: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._plans: dict[int, _Plan] = {}
 
-    def prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Plan the calls anew: for these tensors, one for each slot of the region."""
-        self._cats, self._copies = [], []
+    def prepare(self, tensors: Sequence[torch.Tensor], source: int) -> None:
+        """Plan the calls anew.
+
+        Args:
+            tensors: one for each slot of the region.
+            source: which of several sets of tensors that take turns this is.
+        """
+        self._plans[source] = plan = _Plan()
         group: list[tuple[Slot, torch.Tensor]] = []
         for slot, tensor in zip(self._region.slots, tensors, strict=True):
             if not slot.fits(tensor):
-                self._close(group)
+                self._close(group, plan)
                 group = []
-                self._copies.append((slot.shaped(self._flat), tensor.detach()))
+                plan.copies.append((slot.shaped(self._flat), tensor.detach()))
                 continue
             if group and not _belongs(group, slot, tensor):
-                self._close(group)
+                self._close(group, plan)
                 group = []
             group.append((slot, slot.flat(tensor)))
-        self._close(group)
+        self._close(group, plan)
 
-    def _close(self, group: list[tuple[Slot, torch.Tensor]]) -> None:
+    def _close(self, group: list[tuple[Slot, torch.Tensor]], plan: _Plan) -> None:
         """Plan one concatenation; other dtypes are concatenated as they are and widened as one."""
         if not group:
             return
@@ -55,19 +68,20 @@ class Gathering:
         target = self._flat[first.offset : last.offset + last.numel]
         tensors = [tensor for _, tensor in group]
         if len(tensors) == 1:
-            self._copies.append((target, tensors[0]))
+            plan.copies.append((target, tensors[0]))
         elif tensors[0].dtype == torch.float32:
-            self._cats.append((tensors, target))
+            plan.cats.append((tensors, target))
         else:
             narrow = torch.empty_like(target, dtype=tensors[0].dtype)
-            self._cats.append((tensors, narrow))
-            self._copies.append((target, narrow))
+            plan.cats.append((tensors, narrow))
+            plan.copies.append((target, narrow))
 
-    def values(self) -> torch.Tensor:
+    def values(self, source: int) -> torch.Tensor:
         """All parameters of the region as they are now, float32, (length,); overwritten by the next call."""
-        for tensors, target in self._cats:
+        plan = self._plans[source]
+        for tensors, target in plan.cats:
             torch.cat(tensors, out=target)
-        for target, tensor in self._copies:
+        for target, tensor in plan.copies:
             target.copy_(tensor)
         return self._flat
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
-from posthoc_ema.errors import TrackingError
+_shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,6 @@ class Slot:
     def shaped(self, flat: torch.Tensor) -> torch.Tensor:
         """The part of the flat memory of a region that is this slot's, as a view of (*shape)."""
         return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
-
-    def check(self, tensor: torch.Tensor) -> None:
-        """Raise unless `tensor` may be averaged here.
-
-        Raises:
-            TrackingError: it has another shape, or is not of a real floating dtype.
-        """
-        if tuple(tensor.shape) != self.shape:
-            raise TrackingError(
-                f"parameter {self.name!r} had shape {self.shape} when tracking began and has "
-                f"{tuple(tensor.shape)} now. Start a new tracker with a new folder for the changed model."
-            )
-        if not tensor.is_floating_point():
-            raise TrackingError(
-                f"parameter {self.name!r} has dtype {tensor.dtype}; averages are defined for floating "
-                "dtypes. Convert it back, or freeze it before tracking."
-            )
 
 
 def _same_order(shape: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
@@ -118,3 +102,17 @@ def extent(slots: Sequence[Slot], alignment: int) -> int:
     """Elements that a region of these slots needs for one profile."""
     last = slots[-1]
     return last.offset + -(-last.numel // alignment) * alignment
+
+
+def signature(tensors: Sequence[torch.Tensor]) -> tuple[list[object], ...]:
+    """What kernels remember of tensors: equal for the same memory, read in the same way.
+
+    Identity is not asked for: a parameter's `data` may have been replaced, and a view is made anew at each
+    update. Addresses are unique among devices.
+    """
+    return (
+        list(map(torch.Tensor.data_ptr, tensors)),
+        list(map(_dtype_of, tensors)),
+        list(map(torch.Tensor.stride, tensors)),
+        list(map(_shape_of, tensors)),
+    )

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
-from typing import Any
 
 import torch
 
 from posthoc_ema.torch.averaging.layout import Slot, extent, plan_regions
-
-_dtype_of = attrgetter("dtype")
 
 
 class Region:
@@ -76,32 +72,6 @@ class Shelf:
         self._place = {
             slot.name: (region, slot) for region in self.regions for slot in region.slots
         }
-        self._signature: Any = None
-
-    def changed(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are other tensors, by memory, than at the last call; checks them if they are.
-
-        Raises:
-            TrackingError: a tensor cannot be averaged here.
-        """
-        signature = (
-            list(map(torch.Tensor.data_ptr, tensors)),
-            list(map(_dtype_of, tensors)),
-            list(map(torch.Tensor.stride, tensors)),
-        )
-        if signature == self._signature:
-            return False
-        for slot, tensor in self._pairs(tensors):
-            slot.check(tensor)
-        self._signature = signature
-        return True
-
-    def _pairs(self, tensors: Sequence[torch.Tensor]) -> list[tuple[Slot, torch.Tensor]]:
-        return [
-            (slot, tensors[i])
-            for region in self.regions
-            for slot, i in zip(region.slots, region.indices, strict=True)
-        ]
 
     def stack(self, name: str) -> torch.Tensor:
         """All averages of one parameter in their own dtype, (num_profiles, *shape): a view."""

@@ -8,7 +8,6 @@ is being averaged; a third update waits for the first.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import threading
@@ -19,17 +18,22 @@ import torch
 
 from posthoc_ema.errors import TrackingError
 
-_log = logging.getLogger("posthoc_ema")
-
 SETS = 2
 """Sets of staging memory."""
 _Job = Callable[[bool], None]
 
 
 class StagingSet:
-    """Host memory for one copy of all parameters, and the events after which it is complete."""
+    """Host memory for one copy of all parameters, and the events after which it is complete.
 
-    def __init__(self) -> None:
+    Args:
+        number: of this set.
+        check: raises if parameters cannot be averaged; called when they have changed.
+    """
+
+    def __init__(self, number: int, check: Callable[[Sequence[torch.Tensor]], None]) -> None:
+        self.number = number
+        self._check = check
         self.tensors: list[torch.Tensor] = []
         self._kinds: list[tuple[object, ...]] = []
         self._events: list[torch.cuda.Event] = []
@@ -45,6 +49,7 @@ class StagingSet:
         """
         kinds = [(p.shape, p.dtype, p.stride(), p.is_cuda) for p in parameters]
         if kinds != self._kinds:
+            self._check(parameters)
             self.tensors = [_staging_like(p) for p in parameters]
             self._kinds = list(kinds)
         self._events = []
@@ -97,16 +102,20 @@ class Offload:
     """Copies parameters and has a thread work on the copies, in order.
 
     Args:
-        work: called in the thread with the copied tensors, the weights and the seed.
+        work: called in the thread with the copied tensors, the weights, the seed and the number of the
+            staging set.
+        check: raises if parameters cannot be averaged; called when they have changed.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[torch.Tensor], Sequence[float], int], None]
+        self,
+        work: Callable[[Sequence[torch.Tensor], Sequence[float], int, int], None],
+        check: Callable[[Sequence[torch.Tensor]], None],
     ) -> None:
         self._work = work
         self._sets: queue.SimpleQueue[StagingSet] = queue.SimpleQueue()
-        for _ in range(SETS):
-            self._sets.put(StagingSet())
+        for number in range(SETS):
+            self._sets.put(StagingSet(number, check))
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._state = _State()
@@ -135,7 +144,7 @@ class Offload:
             try:
                 if not skip:
                     staging.complete()
-                    work(staging.tensors, weights, seed)
+                    work(staging.tensors, weights, seed, staging.number)
             finally:
                 sets.put(staging)
 

@@ -44,7 +44,7 @@ class StochasticRounding:
         count = values.numel()
         draws = torch.empty(-(-count // 4), dtype=torch.int64, device=values.device)
         draws.random_(-(2**63), None, generator=self._generator)  # all 64 bits: four numbers a draw
-        # A carry would turn some NaNs into zeros. A sum finds them faster; on a device it would be waited for.
+        # A carry would make zeros of some NaNs. A sum finds them faster, but a device is not waited for.
         if values.device.type != "cpu" or not math.isfinite(values.sum().item()):
             values.masked_fill_(values.isnan(), torch.nan)
         bits = values.view(torch.int32)

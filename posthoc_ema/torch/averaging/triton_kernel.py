@@ -96,15 +96,22 @@ class TritonKernel:
         self._kinds: list[tuple[torch.dtype, bool]] = []
         self._tables: list[tuple[_Table, list[int]]] = []
         self._copies: list[tuple[torch.Tensor, int]] = []
+        self._source = 0
 
     def update(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], seed: int, changed: bool
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        seed: int,
+        source: int,
+        changed: bool,
     ) -> None:
         """One update, see `EagerKernel.update`."""
         if not self._members:
             return
-        if changed:
+        if changed or source != self._source:
             self._prepare(tensors)
+            self._source = source
         for copy, i in self._copies:
             copy.copy_(tensors[i])
         if self._shelf.device.type == "cuda":

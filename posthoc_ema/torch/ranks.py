@@ -27,6 +27,7 @@ from posthoc_ema.torch.sharding import (
     is_sharded,
     layout_of,
     local_part,
+    ranks_of,
     rows_of,
     stacked,
     whole_from_part,
@@ -110,7 +111,7 @@ class Ranks:
                     "shard_averages=True is for replicas; this model is sharded, and its averages are "
                     "already. Leave it out."
                 )
-            members = tuple(sorted({rank for mesh in meshes for rank in _root_ranks(mesh)}))
+            members = tuple(sorted({rank for mesh in meshes for rank in ranks_of(mesh)}))
             return cls(members, torch.distributed.get_rank(), True, _layouts=layouts)
         if not is_distributed():
             if split:
@@ -154,9 +155,17 @@ class Ranks:
         """What this rank holds of each parameter: plain tensors, views of the live ones."""
         if not self.sharded:
             return parameters
-        if self.rows is None:
-            return {name: local_part(parameter) for name, parameter in parameters.items()}
-        return {name: p.detach()[self.layout(name).box] for name, p in parameters.items()}
+        with torch.no_grad():  # once for all: at every step, it costs more than the views
+            if self.rows is not None:
+                return {n: p.detach()[self._rows_of(n)] for n, p in parameters.items()}
+            parts: Any = parameters
+            return {n: p.to_local() if is_sharded(p) else p.detach() for n, p in parts.items()}
+
+    def _rows_of(self, name: str) -> slice | tuple[()]:
+        layout = self._layouts[name]
+        if not layout.shape:
+            return ()
+        return slice(layout.offsets[0], layout.offsets[0] + layout.local_shape[0])
 
     def whole(self, name: str, part: torch.Tensor, rows: int = 0) -> torch.Tensor:
         """An average of which this rank holds `part`: a DTensor, or the part itself if it is all.
@@ -324,12 +333,6 @@ def _brief(error: Exception) -> str:
     """The first sentence of an error of gloo, without the line of its source."""
     text = re.sub(r"^\[\S+\.cc:[0-9]+\] ", "", str(error).strip() or type(error).__name__)
     return re.split(r"\. |\n", text)[0][:160]
-
-
-def _root_ranks(mesh: DeviceMesh) -> list[int]:
-    """Ranks of the mesh that this one is a slice of: its other slices hold copies of the model."""
-    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
-    return root.mesh.flatten().tolist()
 
 
 def _replica_group(module: nn.Module) -> Any:

@@ -109,6 +109,18 @@ def layout_of(tensor: torch.Tensor, name: str = "a tensor") -> Layout:
     return layout
 
 
+def ranks_of(mesh: DeviceMesh) -> list[int]:
+    """Global ranks of the mesh that this one is a slice of: its other slices may hold copies of a model."""
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    ranks: list[int] = root.mesh.flatten().tolist()
+    return ranks
+
+
+def own_rank(mesh: DeviceMesh) -> int:
+    """Global rank of this process, which the mesh knows when the process group is gone as well."""
+    return int(mesh.mesh[tuple(mesh.get_coordinate() or ())])
+
+
 def rows_of(shape: Sequence[int], mesh: DeviceMesh) -> Layout:
     """The layout that spreads a tensor over a mesh of one dimension, by rows as fully_shard does.
 

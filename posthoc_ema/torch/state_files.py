@@ -41,9 +41,10 @@ from posthoc_ema.tensor_files import (
 )
 from posthoc_ema.torch.sharding import (
     Layout,
-    is_sharded,
     layout_of,
     local_part,
+    own_rank,
+    ranks_of,
     stacked,
     whole_from_part,
 )
@@ -113,7 +114,8 @@ def save_state(
         torch.Size([2, 5])
     """
     averages: dict[str, torch.Tensor] = dict(state["averages"])
-    rank, world = _place(averages.values())
+    layouts = {name: layout_of(tensor, name) for name, tensor in averages.items()}
+    rank, world = _place(layouts.values())
     path = folder / _file_name(state["time"], session, rank, world)
     if not _NAME.fullmatch(path.name):
         raise ConfigError(f"session must be letters a-z and digits, at most 32, got {session!r}.")
@@ -124,7 +126,6 @@ def save_state(
             f"{folder}: could not be made: {error.strerror}. Check the folder and its permissions."
         ) from error
     _remove_unfinished(folder, rank, world)
-    layouts = {name: layout_of(tensor, name) for name, tensor in averages.items()}
     mine = [n for n, layout in layouts.items() if layout.is_first_copy and layout.size]
     blocks = {name: -(-math.prod(layouts[name].local_shape) // _BLOCK) for name in mine}
     scalars = {key: value for key, value in state.items() if key != "averages"}
@@ -154,11 +155,14 @@ def save_state(
         writer.set_metadata({_KEY: json.dumps(own, allow_nan=False)})
 
 
-def _place(averages: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """(rank, number of ranks) of a state: of all ranks if an average is sharded."""
-    if any(is_sharded(tensor) for tensor in averages):
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def _place(layouts: Iterable[Layout]) -> tuple[int, int]:
+    """(number of this rank, number of ranks) of a state, which is that of one if nothing is sharded.
+
+    Told by the meshes: the process group may be gone when the last state is written.
+    """
+    meshes = [layout.mesh for layout in layouts if layout.mesh is not None]
+    ranks = sorted({rank for mesh in meshes for rank in ranks_of(mesh)})
+    return (ranks.index(own_rank(meshes[0])), len(ranks)) if ranks else (0, 1)
 
 
 def _file_name(time: int, session: str, rank: int, world: int) -> str:

@@ -355,7 +355,7 @@ def _check_agreement(members: Sequence[int], told: Sequence[Any]) -> None:
     for rank, row in zip(members, told, strict=True):
         if row["problem"] is not None:
             raise TrackingError(
-                row["problem"] if rank == members[0] else f"rank {rank}: {row['error']}"
+                row["problem"] if rank == members[0] else f"rank {rank}: {row['problem']}"
             )
     first = told[0]["agreed"]
     for rank, row in zip(members, told, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shlex
@@ -109,30 +110,62 @@ def test_the_commands_of_the_readme_work_on_a_store(phema, snapshots, monkeypatc
     assert Path("curve.png").stat().st_size > 5000
 
 
-def messages():
-    """First column of the table of errors."""
-    text = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8")
-    return [row.split("`")[1] for row in text.splitlines() if row.startswith("| `")]
+def messages(page):
+    """First column of the tables of a page of messages."""
+    rows = (ROOT / "docs" / page).read_text("utf-8").splitlines()
+    return [row.split(" | ")[0].strip("| ")[1:-1] for row in rows if row.startswith("| `")]
 
 
+def text_of(node):
+    """A string of the code, with ... for what is filled in; None if the node is none."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+@functools.cache
+def nodes():
+    """The syntax of the packages, file by file."""
+    return [
+        node
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+    ]
+
+
+@functools.cache
 def texts():
-    """Every string of the packages, with ... for what is filled in."""
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [p.value if isinstance(p, ast.Constant) else "..." for p in node.values]
-                    yield "".join(parts)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield node.value
+    """Every string of the packages."""
+    return {text for node in nodes() if (text := text_of(node)) is not None}
 
 
-@pytest.mark.parametrize("message", messages())
+def tracking_errors():
+    """What the code says as TrackingError, where it stands there as a text."""
+    for node in nodes():
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "TrackingError":
+            text = text_of(node.args[0])
+            if text is not None:
+                yield text
+
+
+@pytest.mark.parametrize("message", messages("reference/errors.md"))
 def test_messages_of_the_table_of_errors_exist(message):
     filled = message.replace("0.2887", "...").replace("torch", "...")
     filled = filled.replace("No space left on device", "...").replace("manifest.json", "...")
     for part in filled.split(": "):
         assert any(part in text for text in texts()), part
+
+
+@pytest.mark.parametrize("message", messages("how-to/troubleshooting.md"))
+def test_messages_of_troubleshooting_are_said_by_the_code(message):
+    assert any(message in text for text in texts()), message
+
+
+def test_every_tracking_error_is_on_one_of_the_pages():
+    known = [*messages("reference/errors.md"), *messages("how-to/troubleshooting.md")]
+    unknown = [text for text in tracking_errors() if not any(row in text for row in known)]
+    assert unknown == []
 
 
 def test_the_tree_of_errors_is_the_one_of_the_code():

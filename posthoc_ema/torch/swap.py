@@ -105,6 +105,7 @@ def _swap(
                 if values is not None:
                     _fill(target, values)
                 share(target)
+            torch.clear_autocast_cache()  # it holds casts of the weights as they were
             if train is not None:
                 model.train(train)
             yield
@@ -112,6 +113,7 @@ def _swap(
         try:
             _reshard(model)
             backup.restore()
+            torch.clear_autocast_cache()
         finally:
             _in_use.difference_update(id(target) for target, _ in targets)
 

@@ -78,6 +78,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     names = {"__name__": "page"}
     for block in blocks(page, "python"):
         exec(compile(block, named(page), "exec"), names)

@@ -74,7 +74,8 @@ def test_names_of_the_contract_are_there():
         *("PointProfile", "fit", "SnapshotStore", "synthesize"),
     ):
         assert name in posthoc_ema.__all__
-    assert posthoc_ema.torch.__all__ == ["Tracker", "track"]
+    torch_side = ["Tracker", "recalibrate_batchnorm", "swap_in", "swapped", "track"]
+    assert posthoc_ema.torch.__all__ == torch_side
     profile = posthoc_ema.PowerProfile
     result = posthoc_ema.fit([profile(t=9, sigma_rel=0.1)], [profile(t=9, sigma_rel=0.2)])
     assert result.coefficients.shape == (1, 1)

@@ -143,6 +143,17 @@ def test_swap_works_under_inference_mode(model):
     model(torch.arange(6)).sum().backward()  # no inference tensor was left behind
 
 
+def test_swap_inside_autocast_is_seen_by_the_next_forward():
+    """Autocast keeps its casts of the weights for as long as its context is open."""
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        with swap_in(model, zeros):
+            assert torch.equal(model(x), torch.zeros_like(before))
+        assert torch.equal(model(x), before)
+
+
 def test_swap_sees_through_compiled_and_parallel_modules(model):
     before = state_of(model)
     compiled = torch.compile(model, backend="eager")

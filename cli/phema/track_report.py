@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_FEW = 8
+_PLENTY = 32
+"""Snapshots of a run: with fewer than the first, averages of other lengths are poor."""
+
+
 def end_lines(options: dict[str, Any], events: str) -> list[str]:
     """The lines to print, in words; with `--report` the facts are written to a file too.
 
@@ -18,7 +23,8 @@ def end_lines(options: dict[str, Any], events: str) -> list[str]:
     """
     seen = _read(events)
     reports = list(seen["report"].values())
-    lines = [_line(report) for report in reports] or [_why_nothing(seen)]
+    by_default = options.get("every") is None
+    lines = [_line(report, by_default) for report in reports] or [_why_nothing(seen)]
     if options.get("report"):
         lines += _write(options["report"], reports, lines)
     return lines
@@ -48,7 +54,7 @@ def _read(events: str) -> dict[str, dict[Any, Any]]:
     return seen
 
 
-def _line(report: dict[str, Any]) -> str:
+def _line(report: dict[str, Any], by_default: bool) -> str:
     count = f"{report['steps']} steps"
     if report["clock"] != "steps":
         count += f" ({report['time']} {report['clock']})"
@@ -61,11 +67,12 @@ def _line(report: dict[str, Any]) -> str:
         f"(sigma_rel {lengths})"
     )
     if report["failure"]:
-        line += f"; tracking stopped there: {report['failure']}"
-    elif not report["ended"]:
-        line += "; the process ended without a word after the last of them"
-    for note in report["notes"]:
-        line += f"; {note}"
+        return f"{line}; tracking stopped there: {report['failure']}"
+    if not report["ended"]:
+        return f"at least {line}; the process was ended by force"
+    if by_default and report["time"] < _FEW * report["every"]:
+        every = max(1, report["time"] // _PLENTY)
+        line += f"; for a run of this length --every {every} stores more"
     return line
 
 

@@ -199,6 +199,7 @@ class Launch:
             for optimizer in optimizers:
                 self._own(optimizer, run)
             run.count()
+            run.report()
         for optimizer in pool.optimizers.values():
             if id(optimizer) not in self._owners:
                 self._own(optimizer, None)

@@ -22,8 +22,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def class_name(module: nn.Module) -> str:
-    """Name by which `--model` and `{model}` know a module."""
-    return type(module).__name__
+    """Name by which `--model` and `{model}` know a module: of its own class, not of what FSDP2 makes it."""
+    classes = type(module).__mro__
+    own = (c for c in classes if not c.__module__.startswith("torch.distributed"))
+    return next(own, classes[0]).__name__
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,9 +96,9 @@ class TrackedRun:
             int
         ] = []  # times at which the script asked for its optimizer's state
         self._followed: set[int] = set()
+        self._process = os.getpid()
         self._working = False
         self._ended = False
-        self._notes: list[str] = []
         self._versions: tuple[_Look, ...] = ()
         self._snapshot_wanted = False
         taken = (folder / MANIFEST).exists()
@@ -215,6 +216,8 @@ class TrackedRun:
         """The script makes a checkpoint: what resuming from it needs is saved before it is written."""
         if self._ended or self.tracker.stopped or self._working or self._states is None:
             return
+        if os.getpid() != self._process:  # a forked child
+            return
         self._working = True
         try:
             self.iterations.settle()
@@ -251,6 +254,8 @@ class TrackedRun:
     def report(self) -> None:
         """Say how far tracking has got; the last word of a process counts."""
         tracker = self.tracker
+        if not tracker._ranks.writes:  # one rank speaks for all that track a sharded model
+            return
         report = {
             "model": self.name,
             "folder": str(tracker.folder),
@@ -262,7 +267,7 @@ class TrackedRun:
             "sigma_rels": list(tracker.sigma_rels),
             "failure": tracker.failure,
             "ended": self._ended,
-            "notes": self._notes,
+            "every": self._every(),
         }
         self._note("report", json.dumps(report))
 

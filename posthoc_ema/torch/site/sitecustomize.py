@@ -50,10 +50,11 @@ class Launch:
         self.before = self.after = lambda optimizer, args, kwargs: None
         try:
             from posthoc_ema.torch import launch
+
+            hooks = launch.start(note)
         except Exception as error:
             note("missing", "%s\t%s: %s" % (sys.executable, type(error).__name__, error))  # noqa: UP031
             return
-        hooks = launch.start(note)
         self.before, self.after = hooks.before_step, hooks.after_step
         self.before(optimizer, args, kwargs)
 

@@ -111,7 +111,8 @@ class Killer:
             assert self._step() <= EVERY
             return False
         store = pe.SnapshotStore.open(folder)
-        assert list(store.verify()) == []
+        broken = [p for p in store.verify() if "left by an interrupted run" not in p.what]
+        assert broken == []
         due = set(range(EVERY, self._step() + 1, EVERY))
         missing = due - set(store.times)
         assert missing <= {max(due, default=0)}, (missing, self._step())

@@ -98,9 +98,10 @@ class PostHocEMACallback(TrainerCallback):
     ) -> None:
         """Begin or continue."""
         assert model is not None
-        begun_before = self._running
+        # With auto_find_batch_size the Trainer begins again after a step that ran out of memory.
+        again = self._running and state.global_step == 0 and args.auto_find_batch_size
         self._close()
-        if state.global_step == 0 and not begun_before:
+        if state.global_step == 0 and not again:
             refuse_taken(
                 self._folder,
                 "Resume that run with trainer.train(resume_from_checkpoint=...); for a new run choose a "
@@ -110,7 +111,7 @@ class PostHocEMACallback(TrainerCallback):
         self._running = True
         if state.global_step:
             self._resume(self._tracker, args, state.global_step)
-        elif begun_before:  # auto_find_batch_size begins again after a step that ran out of memory
+        elif again:
             self._tracker.restart()
 
     def _resume(self, tracker: Tracker, args: TrainingArguments, step: int) -> None:

@@ -208,7 +208,8 @@ def test_trainer_that_loads_its_best_weights_stores_the_last_ones(hf, tmp_path):
 def test_trainer_counts_no_step_that_the_scaler_skipped(hf, tmp_path):
     callback = make_callback(hf, tmp_path)
     model, state = build_model(hf), SimpleNamespace(global_step=0)
-    callback.on_train_begin(None, state, None, model=model)
+    args = SimpleNamespace(auto_find_batch_size=False)
+    callback.on_train_begin(args, state, None, model=model)
     for skipped in (False, True, True, False):
         optimizer = SimpleNamespace(step_was_skipped=skipped)
         callback.on_optimizer_step(None, state, None, optimizer=optimizer)
@@ -216,17 +217,62 @@ def test_trainer_counts_no_step_that_the_scaler_skipped(hf, tmp_path):
     callback.on_train_end(None, state, None)
 
 
-def test_trainer_that_begins_again_with_a_smaller_batch_starts_over(hf, tmp_path):
-    """auto_find_batch_size calls on_train_begin anew after a step that ran out of memory."""
+@pytest.mark.parametrize("finds_batch_size", [True, False])
+def test_trainer_that_begins_again_starts_over_only_for_its_batch_size(
+    hf, tmp_path, finds_batch_size
+):
+    """auto_find_batch_size calls on_train_begin anew after a step that ran out of memory.
+
+    Otherwise it is a second run after one that was interrupted, whose snapshots are not thrown away.
+    """
     callback = make_callback(hf, tmp_path, every=1)
     model, state = build_model(hf), SimpleNamespace(global_step=0)
+    args = SimpleNamespace(auto_find_batch_size=finds_batch_size)
     optimizer = SimpleNamespace(step_was_skipped=False)
-    for steps in (3, 2):
-        callback.on_train_begin(None, state, None, model=model)
-        for _ in range(steps):
-            callback.on_optimizer_step(None, state, None, optimizer=optimizer)
-    callback.on_train_end(None, state, None)
+    callback.on_train_begin(args, state, None, model=model)
+    for _ in range(3):
+        callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+    if not finds_batch_size:
+        with pytest.raises(SnapshotMismatchError, match="choose a new folder"):
+            callback.on_train_begin(args, state, None, model=model)
+        assert SnapshotStore.open(tmp_path / "snapshots").times == [1, 2, 3]
+        return
+    callback.on_train_begin(args, state, None, model=model)
+    for _ in range(2):
+        callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+    callback.on_train_end(args, state, None)
     assert SnapshotStore.open(tmp_path / "snapshots").times == [1, 2]
+
+
+def test_trainer_evaluates_an_average_during_and_after_training(hf, tmp_path):
+    callback = make_callback(hf, tmp_path)
+    seen = []
+
+    class Averaged(hf.lib.Trainer):
+        def evaluate(self, *args, **kwargs):
+            with callback.swapped(sigma_rel=SIGMA_REL):
+                seen.append({n: p.detach().clone() for n, p in self.model.named_parameters()})
+                return super().evaluate(*args, **kwargs)
+
+    trainer, _ = make_trainer(
+        *(hf, tmp_path),
+        callback=callback,
+        trainer_class=Averaged,
+        eval_strategy="steps",
+        eval_steps=STEPS,
+        eval_on_start=True,
+    )
+    trainer.train()
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.evaluate()
+    at_start, at_end, afterwards = seen
+    fresh = build_model(hf).state_dict()
+    assert all(torch.equal(fresh[n], p) for n, p in at_start.items())
+    average = synthesize(tmp_path / "snapshots", SIGMA_REL)
+    for name, p in at_end.items():
+        np.testing.assert_array_equal(p.numpy(), average[name])
+        assert torch.equal(p, afterwards[name])
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 
 # ---- PEFT

@@ -264,6 +264,21 @@ def test_an_earlier_time_of_a_tracked_length_is_read_back(tracked):
         pytest.fail("entered")
 
 
+@pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"average_dtype": "bfloat16"}], ids=str)
+def test_an_average_can_be_evaluated_after_the_tracker_was_closed(model, tmp_path, options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = tmp_path / "snapshots"
+    with track(optimizer, model, folder, every=4, sigma_rels=(0.05, 0.1), **options) as tracker:
+        train(model, optimizer, 8)
+        average = {name: a.clone() for name, a in tracker.averages(0.1).items()}
+    for sigma_rel in (0.1, 0.07):
+        before = state_of(model)
+        with tracker.swapped(sigma_rel=sigma_rel):
+            for name in average:
+                assert torch.equal(model.get_parameter(name), average[name]) == (sigma_rel == 0.1)
+        assert same(state_of(model), before)
+
+
 def test_another_instance_can_take_the_average(tracked):
     tracker, model, optimizer = tracked
     twin = Network()

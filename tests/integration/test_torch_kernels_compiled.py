@@ -24,6 +24,13 @@ assert torch.equal(averages.average("w", 1), value["w"])
 """
 
 
+@pytest.fixture(autouse=True)
+def no_fallback(caplog):
+    """Where it says nothing, the kernel that was asked for is the one that runs."""
+    yield
+    assert "does not work here" not in caplog.text
+
+
 def test_one_function_serves_all_shapes_and_nothing_is_compiled_again():
     generator = torch.Generator().manual_seed(0)
     random_state = torch.get_rng_state()

@@ -92,7 +92,8 @@ def new_kernel(
 
         shelf = Shelf(parameters, indices, num_profiles, dtype, device, triton_kernel.SMALL, 16)
         return shelf, triton_kernel.TritonKernel(shelf)
-    small = compiled.SMALL if chosen == "compiled" else eager.SMALL
-    shelf = Shelf(parameters, indices, num_profiles, dtype, device, small, 1)
-    kind = compiled.CompiledKernel if chosen == "compiled" else eager.EagerKernel
-    return shelf, kind(shelf)
+    if chosen == "compiled":
+        shelf = Shelf(parameters, indices, num_profiles, dtype, device, compiled.SMALL, 1)
+        return shelf, compiled.CompiledKernel(shelf, {p.dtype for p in parameters.values()})
+    shelf = Shelf(parameters, indices, num_profiles, dtype, device, eager.SMALL, 1)
+    return shelf, eager.EagerKernel(shelf)

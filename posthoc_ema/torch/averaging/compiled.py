@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -50,7 +51,8 @@ def compiled_update(num_profiles: int, dtype: torch.dtype, device: str) -> _Upda
     update: _Update = torch.compile(function, dynamic=True, fullgraph=True)
     averages = [torch.zeros(48, device=device) for _ in range(num_profiles)]
     weights = [torch.tensor(0.5) for _ in range(num_profiles)]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, about parts of PyTorch
         update(averages, torch.zeros(48, dtype=dtype, device=device), weights)
     return update
 
@@ -68,15 +70,17 @@ class CompiledKernel:
 
     Args:
         shelf: made with `small=SMALL` and `alignment=1`.
+        dtypes: of the parameters, to compile for now; others are compiled for when they come.
     """
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, dtypes: Iterable[torch.dtype]) -> None:
         self._shelf = shelf
         self._rows = [[apart(row) for row in region.rows] for region in shelf.regions]
         self._gatherings = {
             id(region): Gathering(region) for region in shelf.regions if not region.is_single
         }
         self._fallback: EagerKernel | None = None
+        self._compile(dtypes)
 
     def update(
         self,
@@ -88,7 +92,7 @@ class CompiledKernel:
     ) -> None:
         """One update, see `EagerKernel.update`."""
         if changed and self._fallback is None:
-            self._compile(tensors)
+            self._compile(tensor.dtype for tensor in tensors)
         if self._fallback is not None:
             self._fallback.update(tensors, weights, seed, source, changed)
             return
@@ -104,15 +108,14 @@ class CompiledKernel:
             update = compiled_update(len(rows), theta.dtype, self._shelf.device.type)
             update(rows, theta, scalars)
 
-    def _compile(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Compile what these tensors need before an average is touched; fall back where that fails."""
-        dtypes = {torch.float32, *(tensor.dtype for tensor in tensors)}
+    def _compile(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Compile for these dtypes before an average is touched; fall back where that fails."""
         try:
-            for dtype in dtypes:
+            for dtype in {torch.float32, *dtypes}:  # gathered parameters are float32
                 compiled_update(self._shelf.num_profiles, dtype, self._shelf.device.type)
         except Exception as error:  # of many kinds: compilers, back ends, missing packages
             _log.warning(
                 "kernel='compiled' does not work here (%s): the averages are updated by the eager kernel.",
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                " ".join(str(error).split())[:200] or type(error).__name__,
             )
             self._fallback = EagerKernel(self._shelf)

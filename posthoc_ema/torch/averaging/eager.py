@@ -15,7 +15,7 @@ from posthoc_ema.torch.averaging.gathering import Gathering
 from posthoc_ema.torch.averaging.memory import Region, Shelf
 from posthoc_ema.torch.averaging.rounding import StochasticRounding
 
-SMALL = 65_536
+SMALL = 49_152
 """Parameters of at most so many elements are gathered."""
 CACHED = 1 << 21
 """Elements of a float32 parameter that are updated for all profiles before the next ones."""

@@ -330,8 +330,8 @@ def _new_group(members: Sequence[int], seconds: float) -> Any:
 
 
 def _brief(error: Exception) -> str:
-    """The first sentence of an error of gloo, without the line of its source."""
-    text = re.sub(r"^\[\S+\.cc:[0-9]+\] ", "", str(error).strip() or type(error).__name__)
+    """The first sentence of an error of gloo, without lines of its source."""
+    text = re.sub(r"\[\S+\.(cc|h):[0-9]+\] ", "", str(error).strip() or type(error).__name__)
     return re.split(r"\. |\n", text)[0][:160]
 
 

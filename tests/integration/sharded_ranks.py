@@ -7,6 +7,7 @@ FOLDER/SCENARIO-RANK.json.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 from sharded_models import CODECS, OPTIONS, drive, make_odd, set_weights, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from posthoc_ema.errors import PhemaError
-from posthoc_ema.torch import Tracker, track
+from posthoc_ema.torch import Tracker, distributed_snapshots, ranks, track
 from posthoc_ema.torch.state_files import load_state, save_state, saved_states
 
 SCENARIOS = {}
@@ -133,6 +135,15 @@ def plain_replicas(folder):
 
 
 @scenario
+def thinned(folder):
+    """A budget of stored averages, all raw weights, and a clock of images."""
+    model = sharded()
+    options = {**OPTIONS, "every": 8, "keep": 4, "raw": "all", "clock": "images"}
+    with Tracker(model, folder, samples_per_step=4, **options) as tracker:
+        drive(model, tracker, 12)
+
+
+@scenario
 def split_replicas(folder):
     """Averages split over the ranks."""
     model = DistributedDataParallel(make_odd())
@@ -149,19 +160,37 @@ def split_replicas(folder):
 
 @scenario
 def training(folder):
-    """Two optimizers' worth of real steps under FSDP2, through the hook, with forward passes between."""
+    """Real steps under FSDP2, through the hook, with forward passes and checkpoints between."""
     model = sharded()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     with track(optimizer, model, folder, **OPTIONS) as tracker:
         for step in range(8):
             train(model, optimizer, 1, start=step)
             with torch.no_grad():
                 model(torch.tensor([1, 2, 3]))  # gathers the weights, and no backward follows
             gathered = not isinstance(model.narrow.weight, DTensor)
+            dcp_state.get_state_dict(model, optimizer)  # counts as no step
         kind = type(tracker.averages(0.04)["narrow.weight"]).__name__
         records = tracker.snapshot()
         tracker.step()  # by hand, with the weights gathered
     return {"gathered": gathered, "kind": kind, "stored": [r.time for r in records]}
+
+
+@scenario
+def evaluating(folder):
+    """Averages in the model for a while: the tracked one of now, and one from the store."""
+    model = sharded()
+    x = torch.tensor([1, 2, 3, 4])
+    with Tracker(model, folder, **OPTIONS) as tracker:
+        drive(model, tracker, 6)
+        before = model.eval()(x)
+        found = {}
+        for name, sigma_rel in (("tracked", 0.04), ("stored", 0.1)):
+            with tracker.swapped(sigma_rel=sigma_rel), torch.no_grad():
+                found[name] = model(x).tolist()
+        assert torch.equal(model(x), before)
+        drive(model, tracker, 1, start=6)
+    return found
 
 
 # ---- resuming
@@ -219,6 +248,41 @@ def resumed_split(folder):
     with Tracker(make_odd(), folder, resume=True, shard_averages=True, **OPTIONS) as tracker:
         load(tracker, None)
         drive(tracker._model.module, tracker, 7, start=5)
+
+
+@scenario
+def replicas_by_dcp(folder):
+    """The state of replicas, whole or split, through torch.distributed.checkpoint."""
+    for split in (False, True):
+        options = {**OPTIONS, "shard_averages": split}
+        name = "split" if split else "whole"
+        with Tracker(make_odd(), folder / name, **options) as tracker:
+            drive(tracker._model.module, tracker, 5)
+            dcp.save({"tracker": tracker.state_dict()}, checkpoint_id=folder / f"dcp-{name}")
+            drive(tracker._model.module, tracker, 2, start=5)
+        with Tracker(make_odd(), folder / name, resume=True, **options) as tracker:
+            state = {"tracker": tracker.state_dict()}
+            dcp.load(state, checkpoint_id=folder / f"dcp-{name}")
+            tracker.load_state_dict(state["tracker"])
+            drive(tracker._model.module, tracker, 7, start=5)
+
+
+@scenario
+def rewound(folder):
+    """A tracker goes back to a state of its own; another one starts the run anew."""
+    model = sharded()
+    with Tracker(model, folder, **OPTIONS) as tracker:
+        drive(model, tracker, 5)
+        state = copy.deepcopy(tracker.state_dict())
+        drive(model, tracker, 4, start=5)
+        tracker.load_state_dict(state)
+        drive(model, tracker, 2, start=5)
+        times = tracker.store.times
+    dist.barrier()
+    with Tracker(model, folder, resume=True, **OPTIONS) as tracker:
+        tracker.restart()
+        drive(model, tracker, 7)
+    return times
 
 
 @scenario
@@ -298,27 +362,38 @@ def unwritable_parts(folder):
     with Tracker(model, folder, **options) as tracker:
         drive(model, tracker, 2)
         if dist.get_rank() == 1:
-            import posthoc_ema.torch.distributed_snapshots as module
-
-            original = module._write_parts
+            original = distributed_snapshots._write_parts
 
             def broken(path, *arguments):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text("in the way")
                 original(path, *arguments)
 
-            module._write_parts = broken
+            distributed_snapshots._write_parts = broken
         drive(model, tracker, 1, start=2)
         tracker.flush()
         dist.barrier()
         if dist.get_rank() == 1:
-            module._write_parts = original
+            distributed_snapshots._write_parts = original
         left = [path.name for path in folder.glob(".parts-*")]
         dist.barrier()
         drive(model, tracker, 4, start=3)
         tracker.flush()
         dist.barrier()
         return {"failure": tracker.failure, "times": tracker.store.times, "left": left}
+
+
+@scenario
+def absent_rank(folder):
+    """Only the first rank makes a tracker of a sharded model."""
+    before, ranks.MEETING_SECONDS = ranks.MEETING_SECONDS, 2.0
+    try:
+        if dist.get_rank() == 0:
+            model = sharded()
+            tracker = Tracker(model, folder, **OPTIONS)
+            return outcome(lambda: drive(model, tracker, 1))
+    finally:
+        ranks.MEETING_SECONDS = before
 
 
 @scenario

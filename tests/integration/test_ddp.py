@@ -24,7 +24,9 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(request.param, folder, "replicas", "plain_replicas", "split_replicas")
+    run_ranks(
+        request.param, folder, "replicas", "plain_replicas", "split_replicas", "replicas_by_dcp"
+    )
     return folder
 
 
@@ -52,6 +54,13 @@ def test_split_averages_are_equal_parts_of_the_whole(ranks, one):
     assert whole.keys() == one[1].keys()
     for name, average in one[1].items():
         assert torch.equal(whole[name], average)
+
+
+@pytest.mark.parametrize("name", ["whole", "split"])
+def test_replicas_resume_through_distributed_checkpoints(ranks, tmp_path, name):
+    with Tracker(make_odd(), tmp_path / "twelve", **OPTIONS) as tracker:
+        drive(tracker._model.module, tracker, 12)
+    same_store(ranks / "replicas_by_dcp" / name, tmp_path / "twelve")
 
 
 def test_there_is_nothing_to_split_without_ranks(tmp_path):

@@ -76,8 +76,11 @@ def one(tmp_path_factory):
             drive(tracker._model.module, tracker, 7)
     with Tracker(make_odd(), folder / "twelve", **OPTIONS) as tracker:
         drive(tracker._model.module, tracker, 12)
+    options = {**OPTIONS, "every": 8, "keep": 4, "raw": "all", "clock": "images"}
+    with Tracker(make_odd(), folder / "thinned", samples_per_step=4, **options) as tracker:
+        drive(tracker._model.module, tracker, 12)
     model = make_odd()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     with track(optimizer, model, folder / "training", **OPTIONS) as tracker:
         for step in range(8):
             train(model, optimizer, 1, start=step)
@@ -93,7 +96,8 @@ def four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     scenarios = ["fsdp_codecs", "hybrid", "two_dimensions", "slices_of_a_mesh", "training"]
     scenarios += ["interrupted", "resumed_wrongly", "taken_folder", "one_rank_fails"]
-    scenarios += ["different_models", "different_times", "unwritable_parts", "destroyed_group"]
+    scenarios += ["different_models", "different_times", "unwritable_parts", "thinned"]
+    scenarios += ["evaluating", "rewound", "absent_rank", "destroyed_group"]
     run_ranks(4, folder, *scenarios)
     return folder
 
@@ -121,6 +125,34 @@ def test_snapshots_are_those_of_one_process(request, one, ranks, codec):
 @pytest.mark.parametrize("scenario", ["hybrid", "two_dimensions", "slices_of_a_mesh"])
 def test_meshes_of_two_dimensions_are_stored_as_one_process_would(four, one, scenario):
     same_store(four / scenario, one / "delta")
+
+
+def test_budgets_and_raw_weights_are_those_of_one_process(four, one):
+    same_store(four / "thinned", one / "thinned")
+
+
+def test_averages_are_swapped_into_shards(four, one):
+    model = make_odd()
+    with Tracker(model, four.parent / "swapped", **OPTIONS) as tracker:
+        drive(model, tracker, 6)
+        expected = {}
+        for name, sigma_rel in (("tracked", 0.04), ("stored", 0.1)):
+            with tracker.swapped(sigma_rel=sigma_rel), torch.no_grad():
+                expected[name] = model(torch.tensor([1, 2, 3, 4])).tolist()
+    assert told(four, "evaluating") == [expected] * 4
+    same_store(four / "evaluating", one / "delta")
+
+
+def test_a_tracker_goes_back_and_starts_anew(four, one):
+    assert told(four, "rewound") == [[3, 6]] * 4
+    same_store(four / "rewound", one / "delta")
+
+
+def test_a_rank_that_is_missing_is_said_in_time(four):
+    first = told(four, "absent_rank")[0]
+    assert "did not all come to the first step of the tracker within 2 s" in first["told"]
+    assert "Make the tracker on every rank" in first["told"]
+    assert first["seconds"] < 30
 
 
 def test_replicas_of_a_shard_are_written_once(four, one):

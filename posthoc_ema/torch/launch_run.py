@@ -86,7 +86,7 @@ class TrackedRun:
         note: Callable[[str, str], None],
     ) -> None:
         self.name = class_name(module)
-        self.iterations = Iterations(self.count, optimizers)
+        self.iterations = Iterations(self.count, optimizers, optimizers[0])
         self._module = module
         self._leader = optimizers[0]
         self._note = note

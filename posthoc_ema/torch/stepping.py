@@ -33,8 +33,8 @@ def _wrapper_code() -> CodeType:
 
 _CODE = _wrapper_code()
 _REHEARSAL = "_init_optim_state"
-"""Function of torch.distributed.checkpoint that steps an optimizer without gradients and at rate zero, to make
-the state that a checkpoint is loaded into (at each checkpoint, for optimizers that have none, as SGD)."""
+"""Function of torch.distributed.checkpoint that steps an optimizer without gradients and at rate zero, to
+make the state that a checkpoint is loaded into (at each checkpoint, for optimizers without one, as SGD)."""
 
 
 def _is_step(frame: FrameType) -> bool:
@@ -147,10 +147,18 @@ class Iterations:
     Args:
         count: called at the end of each iteration in which the weights have moved.
         optimizers: those that are expected from the start; without any, the first iteration tells.
+        first: the one that steps first in an iteration, if that is known; otherwise it is that of the first
+            iteration in which all have stepped.
     """
 
-    def __init__(self, count: Callable[[], None], optimizers: Iterable[Optimizer] = ()) -> None:
+    def __init__(
+        self,
+        count: Callable[[], None],
+        optimizers: Iterable[Optimizer] = (),
+        first: Optimizer | None = None,
+    ) -> None:
         self._count = count
+        self._first = None if first is None else id(first)
         # Weak references, so that an optimizer that training has dropped is not waited for.
         self._expected: dict[int, weakref.ref[Optimizer]] = {
             id(o): weakref.ref(o) for o in optimizers
@@ -168,6 +176,8 @@ class Iterations:
 
     def replace(self, optimizer: Optimizer, outer: Optimizer) -> None:
         """Expect `outer` from now on instead of `optimizer`, whose steps run inside those of `outer`."""
+        if self._first == id(optimizer):
+            self._first = id(outer)
         self._expected = {
             (id(outer) if key == id(optimizer) else key): (
                 weakref.ref(outer) if key == id(optimizer) else reference
@@ -181,7 +191,7 @@ class Iterations:
             return
         if self._joined and id(optimizer) not in self._stepped:
             self._forget_joined()
-        elif id(optimizer) in self._stepped or next(iter(self._expected), None) == id(optimizer):
+        elif id(optimizer) in self._stepped or id(optimizer) == self._first:
             self._end()
 
     def after(self, optimizer: Optimizer) -> None:
@@ -221,9 +231,12 @@ class Iterations:
 
     def _learn(self, stepped: Iterable[int]) -> None:
         self._learning = False
+        stepped = list(stepped)
         for key in stepped:
             self._expected.setdefault(key, self._seen[key])
             self._missed[key] = 0
+        if self._first not in self._expected and self._expected.keys() <= set(stepped):
+            self._first = stepped[0]
         for key in self._expected.keys() - set(stepped):
             self._missed[key] = self._missed.get(key, 0) + 1
         for key, reference in list(self._expected.items()):

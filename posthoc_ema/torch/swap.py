@@ -100,7 +100,6 @@ def _swap(
     _in_use.update(id(target) for target, _ in targets)
     try:
         with _no_steps(targets):
-            _reshard(model)
             for target, values in targets:
                 if values is not None:
                     _fill(target, values)
@@ -122,6 +121,7 @@ def _targets(
     model: nn.Module, tensors: Mapping[str, torch.Tensor | AnyArray | None]
 ) -> list[Target]:
     """Live tensors and their new values, tied tensors once; nothing has been changed yet."""
+    _reshard(model)
     live = adapter_tensors(model) or {}
     if not tensors.keys() <= live.keys():
         live |= dict(named_tensors(model, "all"))

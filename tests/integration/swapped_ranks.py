@@ -31,14 +31,23 @@ def digest(model):
     return found.hexdigest()
 
 
+@torch.no_grad()
+def gather(model):
+    """FSDP2: a forward without backward leaves the root's weights gathered, as evaluation does."""
+    if hasattr(model, "unshard"):
+        model.eval()
+        model(torch.arange(7))
+        model.train()
+
+
 def look(model, tracker, **options):
     """Digests before, inside and after each swap, and which modules are in train mode after."""
     seen = {"before": digest(model)}
     for name, length in LENGTHS.items():
+        gather(model)
         with tracker.swapped(model, **length, **options):
             seen[name] = digest(model)
-            if "unshard" in dir(model):
-                model(torch.arange(7))  # leaves the root's weights gathered
+            gather(model)
     seen["after"] = digest(model)
     seen["training"] = all(module.training for module in model.modules())
     return seen

@@ -97,8 +97,8 @@ def _swap(
             "the second."
         )
     backup = Backup(model, [target for target, _ in targets])
-    _in_use.update(id(target) for target, _ in targets)
     try:
+        _in_use.update(id(target) for target, _ in targets)
         with _no_steps(targets):
             for target, values in targets:
                 if values is not None:
@@ -112,8 +112,11 @@ def _swap(
         try:
             _reshard(model)
             backup.restore()
-            torch.clear_autocast_cache()
+        except KeyboardInterrupt:  # half of the weights would be averages
+            backup.restore()
+            raise
         finally:
+            torch.clear_autocast_cache()
             _in_use.difference_update(id(target) for target, _ in targets)
 
 

@@ -82,6 +82,24 @@ def test_swap_restores_when_evaluation_fails(model, error):
     assert not is_swapped(model)
 
 
+def test_swap_restores_everything_when_restoring_is_interrupted(model, monkeypatch):
+    """A second Ctrl-C, in the middle of putting the weights back."""
+    before, copy = state_of(model), torch.Tensor.copy_
+    copies = []
+
+    def interrupted(self, *args):
+        copies.append(self)
+        if len(copies) == 3:
+            raise KeyboardInterrupt
+        return copy(self, *args)
+
+    with pytest.raises(KeyboardInterrupt), swap_in(model, constants(model)):
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    assert len(copies) > 5
+    assert same(state_of(model), before)
+    assert not is_swapped(model)
+
+
 def test_swap_keeps_the_storage_that_others_hold(model):
     held = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
     with swap_in(model, constants(model)):

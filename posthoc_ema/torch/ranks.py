@@ -9,6 +9,7 @@ through a gloo group of their own, never through those of the training.
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import logging
 import math
@@ -112,6 +113,7 @@ class Ranks:
                     "already. Leave it out."
                 )
             members = tuple(sorted({rank for mesh in meshes for rank in ranks_of(mesh)}))
+            _check_writer()
             return cls(members, torch.distributed.get_rank(), True, _layouts=layouts)
         if not is_distributed():
             if split:
@@ -125,6 +127,7 @@ class Ranks:
         rank = torch.distributed.get_rank()
         if not split:
             return cls(members, rank, _layouts=layouts)
+        _check_writer()
         device = next(iter(tensors.values())).device.type
         rows = _mesh_over(group, len(members), device)
         layouts |= {name: rows_of(tensors[name].shape, rows) for name in averaged}
@@ -335,6 +338,21 @@ def _brief(error: Exception) -> str:
     return re.split(r"\. |\n", text)[0][:160]
 
 
+def _check_writer() -> None:
+    """Parts of snapshots are written by a class of PyTorch that is younger than DTensor."""
+    try:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    except ImportError:
+        found = False
+    else:
+        found = "save_distributed" in inspect.signature(HuggingFaceStorageWriter).parameters
+    if not found:
+        raise TrackingError(
+            f"sharded averages need HuggingFaceStorageWriter(save_distributed=True) of "
+            f"torch.distributed.checkpoint, which PyTorch {torch.__version__} lacks. Upgrade PyTorch."
+        )
+
+
 def _replica_group(module: nn.Module) -> Any:
     """The process group over which a module is replicated; None for all ranks."""
     for part in module.modules():
@@ -367,7 +385,8 @@ def _check_agreement(members: Sequence[int], told: Sequence[Any]) -> None:
                 raise TrackingError(
                     f"tensor {name!r} has shape {value.get(name)} on rank {rank} and "
                     f"{first[key].get(name)} on rank {members[0]}. All ranks of a tracker hold one "
-                    "model; stages of a pipeline cannot be tracked together."
+                    "model; for stages of a pipeline average saved checkpoints instead: `phema synth "
+                    "--from-checkpoints`."
                 )
             raise TrackingError(
                 f"{key} is {value} on rank {rank} and {first[key]} on rank {members[0]}. Make the "

@@ -178,7 +178,7 @@ _ALL = (
             Spec("odd", (7, 3)),
             Spec("prime", (13,)),
             Spec("cube", (2, 3, 5)),
-            Spec("long", (300, 17)),
+            Spec("long", (40, 17)),
             *(Spec(f"many.p{i}", (i % 5 + 1,)) for i in range(30)),
         ),
     ),

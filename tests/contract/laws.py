@@ -77,7 +77,10 @@ def intervals_change_nothing(case):
 
 
 def resuming_changes_no_bit(case):
-    """Averages, snapshots and training of a resumed run are those of one that ran through."""
+    """Averages, snapshots and training of a resumed run are those of one that ran through.
+
+    A command stores a snapshot when it ends, so there is one more at each interruption.
+    """
     straight = case.other(dataclasses.replace(case.task, resume_at=()))
     mine, other = case.outcome, straight
     assert mine.averages.keys() == other.averages.keys()
@@ -88,7 +91,10 @@ def resuming_changes_no_bit(case):
     stored, table = read_store(mine.folder)
     expected, expected_table = read_store(other.folder)
     assert table == expected_table
-    assert list(stored) == list(expected)
+    more = {time for time, _ in stored} - {time for time, _ in expected}
+    interruptions = {int(case.task.played.times[step - 1]) for step in case.task.resume_at}
+    assert more <= (interruptions if case.driver.stores_at_the_end else set())
+    assert [key for key in stored if key[0] not in more] == list(expected)
     for key, snapshot in expected.items():
         for kind in ("averaged", "copied"):
             tensors, found = getattr(snapshot, kind), getattr(stored[key], kind)

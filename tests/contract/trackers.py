@@ -41,9 +41,11 @@ class Driver(Protocol):
 
     Attributes:
         tolerance: of its averages, see FLOAT32_TOLERANCE.
+        stores_at_the_end: when training ends, or is interrupted, a snapshot is stored.
     """
 
     tolerance: float
+    stores_at_the_end: bool
 
     def drive(self, task: Task, folder: Path) -> Outcome:
         """Put the tracker on a training that plays the task's history; the store goes to `folder`."""
@@ -57,6 +59,7 @@ class Oracle:
     """The recurrence in NumPy, with a store of its own: no PyTorch at all."""
 
     tolerance = FLOAT32_TOLERANCE
+    stores_at_the_end = False
 
     def drive(self, task, folder):
         history = task.played
@@ -162,10 +165,14 @@ class InProcess:
     hook: bool = False
     in_memory: bool = True
     tolerance: float = FLOAT32_TOLERANCE
+    stores_at_the_end: bool = False
 
     def drive(self, task, folder):
-        outcome = self._parts(task, folder)
-        return replace(outcome, untracked=self._parts(task, None).training)
+        return replace(self._parts(task, folder), untracked=self.untracked(task))
+
+    def untracked(self, task):
+        """Evidence of the same training without a tracker."""
+        return self._parts(task, None).training
 
     def _parts(self, task, folder):
         states = None
@@ -252,6 +259,8 @@ class Workers:
         variables: further environment variables.
     """
 
+    stores_at_the_end = False
+
     def __init__(self, kind, ranks=1, *, group=False, tolerance=FLOAT32_TOLERANCE, variables=None):
         self.tolerance = tolerance
         self._kind, self._ranks, self._group = kind, ranks, group or ranks > 1
@@ -307,6 +316,7 @@ class Command:
     """`phema track -- python -m tests.contract.playback`: a training that knows of no tracker."""
 
     tolerance = FLOAT32_TOLERANCE
+    stores_at_the_end = True
 
     def drive(self, task, folder):
         history = task.played
@@ -315,13 +325,11 @@ class Command:
             *(sys.executable, "-m", "phema", "track", "--out", str(folder)),
             *("--sigma-rel", ",".join(map(repr, SIGMA_RELS)), "--every", str(task.every)),
             *("--update-every", str(task.update_every), "--dtype", "float32", "--raw", "all"),
-            *("--on-error", "raise", "--"),
+            *("--on-error", "raise"),
         ]
         for stop in (*task.resume_at, len(history.elapsed)):
-            training = self._train(tracking, history, out, stop)
-        out = out.with_name(out.name + "-untracked")
-        for stop in (*task.resume_at, len(history.elapsed)):
-            untracked = self._train([], history, out, stop)
+            training = self._train([*tracking, "--"], history, out, stop)
+        untracked = InProcess().untracked(task)
         time = int(history.times[-1])
         return Outcome(folder, final_averages(folder, time), None, None, training, untracked)
 

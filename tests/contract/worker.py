@@ -26,10 +26,14 @@ def replicated(model):
 
 
 def sharded(model):
-    """FSDP2 over all ranks; it refuses 0-dim parameters, which stay whole on every rank."""
+    """FSDP2 over all ranks, but for what it cannot cut: that stays whole on every rank.
+
+    It refuses 0-dim parameters, and the parts that it makes of empty ones are not those that their
+    placements say.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    scalars = {p for p in model.parameters() if p.dim() == 0}
-    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    whole = {p for p in model.parameters() if p.dim() == 0 or p.numel() == 0}
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.torch.sharding import check_can_be_tracked
 from posthoc_ema.torch.stepping import follow, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
@@ -82,6 +83,8 @@ def track(
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     if not optimizers:
         raise ConfigError("track needs at least one optimizer, got an empty list.")
+    for each in optimizers:
+        check_can_be_tracked(model, each)
     owned = {id(parameter) for parameter in model.parameters()}
     trained = [p for each in optimizers for p in parameters_of(each)]
     foreign = [p for p in trained if id(p) not in owned]

@@ -218,7 +218,7 @@ def check_can_be_tracked(model: nn.Module, optimizer: Any = None) -> None:
             "FSDP2 (torch.distributed.fsdp.fully_shard), or average saved checkpoints: convert them with "
             "DeepSpeed's zero_to_fp32.py, then `phema synth --from-checkpoints`."
         )
-    if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+    if type(optimizer).__module__.startswith("deepspeed.runtime."):  # ops hold plain optimizers
         raise TrackingError(
             f"{type(optimizer).__name__} is DeepSpeed's and steps flat copies of the parameters. With "
             "ZeRO stages 1 and 2 make a tracker of the module, Tracker(engine.module, ...), and call "

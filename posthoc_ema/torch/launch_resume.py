@@ -12,6 +12,7 @@ import xxhash
 from torch.optim import Optimizer
 
 from posthoc_ema.errors import SnapshotError, TrackingError
+from posthoc_ema.store import SnapshotStore
 from posthoc_ema.torch.state_files import SavedState, saved_states
 from posthoc_ema.torch.stepping import parameters_of
 
@@ -88,6 +89,11 @@ class Continuation:
     gap: int
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a store holds nothing that could be lost: its run ended before the first snapshot."""
+    return not SnapshotStore.open(folder).times and not saved_states(folder / STATE_FOLDER)
+
+
 def find_state(folder: Path, mark: Mark, nearest: bool) -> Continuation:
     """The saved state of a store that belongs to a run that stands at `mark`.
 
@@ -129,8 +135,6 @@ def _fits(saved: Mark, now: Mark) -> bool:
 
 
 def _mismatch(folder: Path, states: Sequence[SavedState], mark: Mark, nearest: bool) -> str:
-    from posthoc_ema.store import SnapshotStore
-
     reached = max(SnapshotStore.open(folder).times, default=0)
     times = ", ".join(str(_mark_in(s).counter or s.time) for s in states) or "none"
     now = "its beginning" if not mark.counter else f"step {mark.counter} of the optimizer"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.torch.launch_models import class_name
-from posthoc_ema.torch.launch_resume import STATE_FOLDER, Mark, find_state, mark_of
+from posthoc_ema.torch.launch_resume import STATE_FOLDER, Mark, find_state, is_empty, mark_of
 from posthoc_ema.torch.launch_states import KeptStates
 from posthoc_ema.torch.state_files import load_state
 from posthoc_ema.torch.stepping import Iterations, parameters_of
@@ -103,8 +103,14 @@ class TrackedRun:
         self._snapshot_wanted = False
         taken = (folder / MANIFEST).exists()
         found = None
-        if taken and not options["restart"]:
+        if taken and not options["restart"] and not is_empty(folder):
             found = find_state(folder, mark, options["resume"] == "nearest")
+        if found is None and mark.counter:
+            _log.warning(
+                "the optimizer has made %d steps before: time, and with it the length of averages, counts "
+                "from here, not from the beginning of training.",
+                mark.counter,
+            )
         self.tracker = Tracker(module, folder, resume=taken, **tracker_options(options))
         if found is not None:
             state = load_state(found.saved, self._averaged(module))

@@ -343,6 +343,26 @@ def test_a_killed_run_is_continued_by_running_it_again(work):
     )
 
 
+def test_a_run_that_was_killed_before_its_first_snapshot_is_started_anew(work):
+    script(work, "slow.py", "import training; training.main(25, pause=0.02)")
+    process = start(work, "--every", "50", "--", PYTHON, "slow.py")
+    until(process, 4)  # before the script's first checkpoint, too
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert SnapshotStore.open(work / "snapshots").times == []
+    again = track(work, "--every", "50", "--", PYTHON, "slow.py")
+    assert "phema track: 25 steps, 1 snapshot" in again.stderr
+
+
+def test_a_run_that_is_tracked_from_its_middle_on_is_told_so(work):
+    script(work, "train.py", "import training; training.main(10)")
+    script(work, "more.py", "import training; training.main(20)")
+    assert run(work, PYTHON, "train.py").returncode == 0
+    late = track(work, "--every", "5", "--", PYTHON, "more.py")
+    assert "the optimizer has made 10 steps before: time" in late.stderr
+    assert "phema track: 10 steps, 2 snapshots in ./snapshots" in late.stderr
+
+
 # ---- what is said when nothing is tracked
 
 

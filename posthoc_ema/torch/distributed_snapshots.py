@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from posthoc_ema.codecs import AnyArray, Float32Array, decode
+from posthoc_ema.codecs import AnyArray, Float32Array, decode, storage_dtype
 from posthoc_ema.errors import (
     SnapshotFormatError,
     SnapshotWriteError,
@@ -288,13 +289,17 @@ class PartsSource(Source):
 
     def values(self, entry: TensorEntry, start: int, stop: int) -> Float32Array:
         """Elements `start` to `stop`, float32."""
+        if start == stop:  # of an empty tensor the ranks write no parts, or some of them do
+            return np.empty(0, np.float32)
         tensor = self._tensor(self._kind, entry)
         return decode(tensor.read(start, stop), tensor.dtype)
 
     def copy(self, entry: TensorEntry) -> AnyArray:
         """The whole tensor, as its own bits."""
-        tensor = self._tensor(_COPIED, entry)
         size = torch.Size(entry.shape).numel()
+        if size == 0:
+            return np.empty(entry.shape, storage_dtype(entry.dtype))
+        tensor = self._tensor(_COPIED, entry)
         return tensor.read(0, size).reshape(entry.shape)
 
     def _tensor(self, kind: int | str, entry: TensorEntry) -> FlatTensor:

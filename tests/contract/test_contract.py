@@ -22,7 +22,23 @@ TRACKERS = {
     "ddp": Workers("ddp", group=True),
     "fsdp2": Workers("fsdp", group=True),
     "zero-code": Command(),
+    "process-group-2": Workers("process-group", 2),
+    "ddp-2": Workers("ddp", 2),
+    "ddp-split-2": Workers("ddp-split", 2),
+    "fsdp2-2": Workers("fsdp", 2),
+    "fsdp2-4": Workers("fsdp", 4),
 }
+
+SLOW = {"process-group-2", "ddp-2", "ddp-split-2", "fsdp2-2", "fsdp2-4"}
+QUICK_COMMANDS = {
+    Task("impulse"),
+    Task("tied"),
+    Task("buffers"),
+    Task("mixed-dtypes"),
+    Task("scalars-and-empty"),
+    Task("impulse", resume_at=(1, 13, 40)),
+}
+"""What is left for `make test` of the commands, each of which takes seconds; the others are slow."""
 
 EXCEPTIONS = {
     ("oracle", "training_is_untouched"): "there is no training: the oracle reads the history",
@@ -46,6 +62,8 @@ def _table():
             for task in tasks:
                 reason = _reason(tracker, law, task)
                 marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
+                if tracker in SLOW or (tracker == "zero-code" and task not in QUICK_COMMANDS):
+                    marks.append(pytest.mark.slow)
                 parts = [task.history, f"every-{task.update_every}" * (task.update_every > 1)]
                 parts += ["resumed"] * bool(task.resume_at)
                 name = "-".join([tracker, law.__name__, *filter(None, parts)])

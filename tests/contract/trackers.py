@@ -156,14 +156,14 @@ class InProcess:
         options: arguments of `Tracker` beside those of the task.
         wrap: what is done to the model before the tracker sees it.
         hook: made by `track`, instead of a call of `step` after each step.
-        in_memory: `averages` gives all of them here.
+        in_memory: ranks whose `averages` gives all of them: "all", "first" or "none".
         tolerance: see `Driver`.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     wrap: Callable[[nn.Module], nn.Module] = plain
     hook: bool = False
-    in_memory: bool = True
+    in_memory: str = "all"
     tolerance: float = FLOAT32_TOLERANCE
     stores_at_the_end: bool = False
 
@@ -235,13 +235,16 @@ class InProcess:
             tracker.snapshot()
         training = evidence(inner)
         averages = {}
-        if self.in_memory:
+        first = os.environ.get("RANK", "0") == "0"
+        if self.in_memory == "all" or (self.in_memory == "first" and first):
             averages = {
                 (s, name): _whole(tensor)
                 for s in SIGMA_RELS
                 for name, tensor in tracker.averages(s).items()
             }
         tracker.flush()
+        if self.in_memory == "none" and first and last == len(task.played.elapsed):
+            averages = final_averages(folder, tracker.time)
         return Outcome(folder, averages, tracker.time, tracker.steps, training, {})
 
 

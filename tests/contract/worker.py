@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .outcomes import Task
-from .trackers import InProcess, plain
+from .trackers import InProcess
 
 
 def replicated(model):
@@ -39,9 +39,9 @@ def sharded(model):
 
 KINDS = {
     "triton": InProcess({"kernel": "triton"}),
-    "process-group": InProcess(wrap=plain),
-    "ddp": InProcess(wrap=replicated),
-    "ddp-split": InProcess({"shard_averages": True}, wrap=replicated, in_memory=False),
+    "process-group": InProcess(in_memory="first"),
+    "ddp": InProcess(wrap=replicated, in_memory="first"),
+    "ddp-split": InProcess({"shard_averages": True}, wrap=replicated, in_memory="none"),
     "fsdp": InProcess(wrap=sharded),
 }
 

@@ -46,7 +46,10 @@ def _read(events: str) -> dict[str, dict[Any, Any]]:
         if kind == "report":
             import json
 
-            report = json.loads(text)
+            try:
+                report = json.loads(text)
+            except ValueError:  # the disk was full
+                continue
             # A process that died on the way has said what it had reached at its last snapshot.
             seen[kind][pid, report["folder"]] = report
         elif kind in seen:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,13 +47,21 @@ def run_tracked(options: dict[str, Any], command: Sequence[str]) -> int:
         status = _spawn(command, _environment(options, site, events))
         if isinstance(status, str):
             return _refuse(status)
-        from phema.track_report import end_lines
-
-        for line in end_lines(options, events):
-            _say(line)
+        _say_what_was_tracked(options, events)
     finally:
         _remove(folder, events)
     return _end_like(status)
+
+
+def _say_what_was_tracked(options: dict[str, Any], events: str) -> None:
+    try:
+        from phema.track_report import end_lines
+
+        lines = end_lines(options, events)
+    except Exception as error:  # whatever it is: the exit code is the command's
+        lines = [f"what was tracked cannot be said: {type(error).__name__}: {error}"]
+    for line in lines:
+        _say(line)
 
 
 def _site_folder() -> str | None:
@@ -160,7 +167,6 @@ def _end_like(status: int) -> int:
 
     # One core file is enough, and it is the command's.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    sys.stderr.flush()
     if -code not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(-code, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
@@ -182,8 +188,7 @@ def _refuse(message: str) -> int:
 
 
 def _say(message: str) -> None:
-    try:
-        sys.stderr.write(f"phema track: {message}\n")
-        sys.stderr.flush()
-    except OSError:  # nobody reads it
+    try:  # noqa: SIM105 - contextlib would take a tenth of the time that all this may
+        os.write(2, f"phema track: {message}\n".encode("utf-8", "backslashreplace"))
+    except OSError:  # stderr is closed
         pass

@@ -207,6 +207,11 @@ def test_a_sitecustomize_of_the_users_runs_as_before(tmp_path):
     assert done.stdout == f"{tmp_path / 'sitecustomize.py'} {tmp_path / 'sitecustomize.py'}\n"
 
 
+def test_a_closed_stderr_does_not_change_the_exit_code(tmp_path):
+    command = f"{PYTHON} -m phema track -- sh -c 'exit 5' 2>&-; echo $?"
+    assert run(tmp_path, "sh", "-c", command).stdout == "5\n"
+
+
 def test_no_temporary_folder_is_left(tmp_path):
     folder = tmp_path / "tmp"
     folder.mkdir()

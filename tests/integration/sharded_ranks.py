@@ -11,6 +11,8 @@ import copy
 import json
 import logging
 import os
+import random
+import signal
 import sys
 import time
 import traceback
@@ -28,9 +30,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from posthoc_ema import SnapshotStore
 from posthoc_ema.errors import PhemaError
 from posthoc_ema.torch import Tracker, distributed_snapshots, ranks, track
-from posthoc_ema.torch.state_files import load_state, save_state, saved_states
+from posthoc_ema.torch.state_files import load_state, remove_state, save_state, saved_states
 
 SCENARIOS = {}
 
@@ -385,7 +388,7 @@ def unwritable_parts(folder):
 
 @scenario
 def absent_rank(folder):
-    """Only the first rank makes a tracker of a sharded model."""
+    """Only the first rank makes a tracker of a sharded model. Comes last."""
     before, ranks.MEETING_SECONDS = ranks.MEETING_SECONDS, 2.0
     try:
         if dist.get_rank() == 0:
@@ -394,6 +397,36 @@ def absent_rank(folder):
             return outcome(lambda: drive(model, tracker, 1))
     finally:
         ranks.MEETING_SECONDS = before
+
+
+@scenario
+def killed(folder):
+    """Goes on from its newest state, however often it is killed, up to step 30."""
+    model = sharded()
+    states = folder / "state"
+    with Tracker(model, folder, resume=True, **{**OPTIONS, "every": 2}) as tracker:
+        found = saved_states(states)
+        if found:
+            tracker.load_state_dict(load_state(found[-1], tracker._model.averaged()))
+        else:
+            tracker.restart()
+        for step in range(tracker.time, 30):
+            drive(model, tracker, 1, start=step)
+            save_state(states, tracker.state_dict(), {}, session=tracker.session)
+            if dist.get_rank() == 0:
+                for old in saved_states(states)[:-2]:
+                    remove_state(old)
+    return [len(found), found[-1].time if found else 0]
+
+
+@scenario
+def memory(folder):
+    """Averages in host memory by a thread, and bfloat16 ones, of shards."""
+    run(sharded(), folder / "offloaded", device="cpu")
+    with Tracker(sharded(), folder / "rounded", average_dtype="bfloat16", **OPTIONS) as tracker:
+        drive(tracker._model.module, tracker, 6)
+        whole = tracker.averages(0.15)["large"].full_tensor()
+    return whole.double().sum().item()
 
 
 @scenario
@@ -424,10 +457,10 @@ def dying_rank(folder):
 # ---- the program
 
 
-def main(rank, world, folder, names):
+def main(rank, world, folder, names, attempt):
     torch.set_num_threads(1)
     logging.basicConfig(format="%(name)s: %(message)s")
-    meeting = f"file://{folder}/meet-{world}-{names[0]}"
+    meeting = f"file://{folder}/meet-{world}-{names[0]}-{os.getppid()}-{attempt}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     for name in names:
         start = time.time()
@@ -455,15 +488,31 @@ def fork(rank, *arguments):
         os._exit(code)
 
 
-if __name__ == "__main__":
-    world, folder = int(sys.argv[1]), Path(sys.argv[2])
-    running = {fork(rank, world, folder, sys.argv[3:]) for rank in range(world)}
+def launch(world, folder, names, attempt=0, fatal_step=None):
+    """Run the ranks, or kill them all soon after a step; returns the highest exit code."""
+    running = {fork(rank, world, folder, names, attempt) for rank in range(world)}
+    if fatal_step is not None:
+        while not any(s.time >= fatal_step for s in saved_states(folder / names[0] / "state")):
+            time.sleep(0.005)
+        time.sleep(random.Random(attempt).uniform(0, 0.1))
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
     codes = []
     while running:
         pid, status = os.wait()
         running.discard(pid)
         codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1]:  # the others would wait for it
+        if codes[-1] > 0:  # the others would wait for it
             for other in running:
-                os.kill(other, 9)
-    sys.exit(max(codes))
+                os.kill(other, signal.SIGKILL)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    world, folder, kills = int(sys.argv[1]), Path(sys.argv[2]), int(os.environ.get("KILLS", "0"))
+    for attempt in range(kills):
+        launch(world, folder, sys.argv[3:], attempt, fatal_step=3 + 4 * attempt)
+        for store in folder.glob("*/manifest.json"):  # readable at any time
+            problems = SnapshotStore.open(store.parent).verify()
+            assert all("not listed in the manifest" in problem.what for problem in problems)
+    sys.exit(launch(world, folder, sys.argv[3:], kills))

@@ -26,10 +26,11 @@ from .sharded_models import CODECS, OPTIONS, drive, make_odd, train
 PROGRAM = Path(__file__).with_name("sharded_ranks.py")
 
 
-def run_ranks(world, folder, *scenarios):
+def run_ranks(world, folder, *scenarios, kills=0):
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"}
     done = subprocess.run(
         [sys.executable, PROGRAM, str(world), str(folder), *scenarios],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
+        env={**os.environ, **quiet, "KILLS": str(kills)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -97,7 +98,7 @@ def four(tmp_path_factory):
     scenarios = ["fsdp_codecs", "hybrid", "two_dimensions", "slices_of_a_mesh", "training"]
     scenarios += ["interrupted", "resumed_wrongly", "taken_folder", "one_rank_fails"]
     scenarios += ["different_models", "different_times", "unwritable_parts", "thinned"]
-    scenarios += ["evaluating", "rewound", "absent_rank", "destroyed_group"]
+    scenarios += ["evaluating", "memory", "rewound", "destroyed_group"]
     run_ranks(4, folder, *scenarios)
     return folder
 
@@ -108,7 +109,8 @@ def two(tmp_path_factory, four):
     shutil.copytree(four / "dcp", folder / "dcp")
     for name in ("resumed_from_dcp", "resumed_from_files", "resumed_split", "resumed_two"):
         shutil.copytree(four / "interrupted", folder / name)
-    run_ranks(2, folder, "fsdp_codecs", "resumed_from_dcp", "resumed_from_files", "resumed_split")
+    scenarios = ["fsdp_codecs", "resumed_from_dcp", "resumed_from_files", "resumed_split"]
+    run_ranks(2, folder, *scenarios, "absent_rank")
     return folder
 
 
@@ -143,13 +145,20 @@ def test_averages_are_swapped_into_shards(four, one):
     same_store(four / "evaluating", one / "delta")
 
 
+def test_averages_of_shards_live_in_host_memory_or_are_rounded(four, one):
+    same_store(four / "memory" / "offloaded", one / "delta")
+    sums = told(four, "memory")
+    exact = synthesize(one / "float32", 0.15)["large"]
+    assert sums == [pytest.approx(exact.sum(dtype=float), abs=np.sqrt(exact.size) * 2**-8)] * 4
+
+
 def test_a_tracker_goes_back_and_starts_anew(four, one):
     assert told(four, "rewound") == [[3, 6]] * 4
     same_store(four / "rewound", one / "delta")
 
 
-def test_a_rank_that_is_missing_is_said_in_time(four):
-    first = told(four, "absent_rank")[0]
+def test_a_rank_that_is_missing_is_said_in_time(two):
+    first = told(two, "absent_rank")[0]
     assert "did not all come to the first step of the tracker within 2 s" in first["told"]
     assert "Make the tracker on every rank" in first["told"]
     assert first["seconds"] < 30
@@ -244,3 +253,14 @@ def test_a_rank_that_dies_does_not_hang_the_others(tmp_path):
         assert rank["told"].startswith("TrackingError: another rank has ended")
         assert rank["seconds"] < 30
     assert SnapshotStore.open(tmp_path / "dying_rank").times == [3]
+
+
+def test_ranks_that_are_killed_go_on_bit_by_bit(tmp_path):
+    """Six kills at random moments: the store is always readable, and in the end that of one process."""
+    run_ranks(2, tmp_path, "killed", kills=6)
+    model = make_odd()
+    with Tracker(model, tmp_path / "one", **{**OPTIONS, "every": 2}) as tracker:
+        drive(model, tracker, 30)
+    same_store(tmp_path / "killed", tmp_path / "one")
+    assert list((tmp_path / "killed").glob(".parts-*")) == []
+    assert told(tmp_path, "killed")[0][1] > 20  # where the last start went on

@@ -29,8 +29,13 @@ class Background:
             except Exception as error:
                 self._on_error(error)
 
-        self._thread = threading.Thread(target=run, name="posthoc-ema snapshot")
-        self._thread.start()
+        thread = threading.Thread(target=run, name="posthoc-ema snapshot")
+        try:
+            thread.start()
+        except RuntimeError:  # Python is shutting down, or there are no threads to be had
+            run()
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Wait until no job is running; at once when called by a job."""

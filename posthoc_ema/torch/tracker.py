@@ -6,24 +6,16 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
-from posthoc_ema.codecs import DEFAULT_CODEC, check_codec
-from posthoc_ema.errors import (
-    ConfigError,
-    SnapshotError,
-    SnapshotMismatchError,
-    SnapshotWriteError,
-    TrackingError,
-)
-from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.codecs import DEFAULT_CODEC
+from posthoc_ema.errors import ConfigError, SnapshotWriteError, TrackingError
 from posthoc_ema.profiles import (
     DEFAULT_SIGMA_RELS,
     PointProfile,
@@ -31,15 +23,13 @@ from posthoc_ema.profiles import (
     gamma_from_sigma_rel,
     power_update_weight,
 )
-from posthoc_ema.retention import keep_online
-from posthoc_ema.snapshot import CLOCKS, SnapshotRecord, StoredProfile
+from posthoc_ema.snapshot import SnapshotRecord, StoredProfile
 from posthoc_ema.store import SnapshotStore
 from posthoc_ema.torch.averaging import Averages
-from posthoc_ema.torch.averaging.averages import DTYPES, KERNELS
-from posthoc_ema.torch.background import Background
-from posthoc_ema.torch.parameters import SELECTIONS, TrackedModel
+from posthoc_ema.torch.parameters import TrackedModel
 from posthoc_ema.torch.ranks import Ranks
-from posthoc_ema.torch.retaining import thin_out
+from posthoc_ema.torch.recording import Recorder
+from posthoc_ema.torch.settings import Settings
 from posthoc_ema.torch.sharding import local_part
 from posthoc_ema.torch.snapshots import LazyTensors, TakenSnapshot
 from posthoc_ema.torch.state import STATE_SCHEMA, check_state
@@ -48,51 +38,8 @@ from posthoc_ema.torch.swap import swapped
 _log = logging.getLogger("posthoc_ema")
 
 
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
-
-
-def _one_of(name: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def _lengths(sigma_rels: Any) -> tuple[float, ...]:
-    """The lengths as a tuple of floats; their range is checked where gamma is computed."""
-    rule = f"sigma_rels must be one or more different numbers, such as (0.05, 0.10), got {sigma_rels!r}."
-    try:
-        lengths = [] if isinstance(sigma_rels, str) else [s + 0.0 for s in sigma_rels]
-    except TypeError:
-        raise ConfigError(rule) from None
-    if not lengths or len(set(lengths)) != len(lengths):
-        raise ConfigError(rule)
-    return tuple(float(s) for s in lengths)
-
-
 def _average(averages: Averages, index: int, name: str) -> torch.Tensor:
     return averages.average(name, index)
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """How the averages are held: the arguments of `Averages`."""
-
-    kernel: str
-    dtype: str
-    device: torch.device | None
-
-    @classmethod
-    def checked(cls, kernel: str, dtype: str, device: str | torch.device | None) -> _Memory:
-        _one_of("kernel", kernel, KERNELS)
-        _one_of("average_dtype", dtype, DTYPES)
-        try:
-            return cls(kernel, dtype, None if device is None else torch.device(device))
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"device must be one that PyTorch knows, such as 'cpu', or None for averages beside "
-                f"the parameters, got {device!r} ({str(error).splitlines()[0]})."
-            ) from None
 
 
 class Tracker:
@@ -184,72 +131,56 @@ class Tracker:
         shard_averages: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        _positive("every", every)
-        _positive("samples_per_step", samples_per_step)
-        _positive("update_every", update_every)
-        _positive("keep", keep)
-        _one_of("clock", clock, CLOCKS)
-        if clock == "steps" and samples_per_step is not None:
-            raise ConfigError(
-                "samples_per_step needs clock='images'; a step counts as 1 otherwise."
-            )
-        _one_of("raw", raw, ("last", "all", "none"))
-        _one_of("tensors", tensors, SELECTIONS)
-        _one_of("on_error", on_error, ("warn", "raise"))
-        self._memory = _Memory.checked(kernel, average_dtype, device)
-        self._sigma_rels = _lengths(sigma_rels)
+        self._settings = Settings(
+            sigma_rels=sigma_rels,
+            every=every,
+            clock=clock,
+            samples_per_step=samples_per_step,
+            update_every=update_every,
+            dtype=dtype,
+            keep=keep,
+            keep_range=keep_range,
+            raw=raw,
+            tensors=tensors,
+            device=device,
+            kernel=kernel,
+            average_dtype=average_dtype,
+            background=background,
+            shard_averages=shard_averages,
+            on_error=on_error,
+        )
+        self._sigma_rels = tuple(self._settings.sigma_rels)
         self._gammas = gamma_from_sigma_rel(self._sigma_rels)
-        self._folder = Path(folder)
-        self._every = every
-        self._clock = clock
-        self._samples_per_step = 1 if clock == "steps" else samples_per_step
-        self._update_every = update_every
-        self._dtype = check_codec(dtype)
-        if keep is not None:
-            keep_online(
-                [PointProfile(1)], keep=keep, sigma_rels_range=keep_range
-            )  # checks the range
-        self._keep, self._keep_range = keep, keep_range
-        self._raw = raw
-        self._run_id = run_id
-        self._metadata = dict(metadata or {})
-        self._on_error = on_error
         self._model = TrackedModel(model, tensors)
         self._ranks = Ranks.of(
             model, self._model.live(), list(self._model.averaged()), shard_averages
         )
-        self._begun = self._due = False
+        self._recorder = Recorder(
+            Path(folder),
+            self._settings,
+            self._model.table,
+            self._ranks,
+            run_id=run_id,
+            metadata=metadata or {},
+            resume=resume,
+            failed=self._job_failed,
+        )
         self._averages: Averages | None = None
         self._time = self._last_update = self._steps = self._pending = 0
-        self._taken_at = 0  # time of the last snapshot that was begun
-        self._stored_at = (
-            0  # and of the last that is stored; some of it may have been dropped since
-        )
-        self._written: list[SnapshotRecord] = []
-        self._num_snapshots = 0
-        self._store: SnapshotStore | None = None
-        self._jobs = Background(self._job_failed) if background else None
-        self._job_error: Exception | None = None
-        self._stopped = self._failed = self._thinning_failed = self._has_diverged = False
+        self._begun = self._due = False
+        self._stopped = self._failed = False
         self._failure: str | None = None
+        self._job_error: Exception | None = None
         self._busy = self._updating = self._swapped = False
         self._detach: Callable[[], None] = lambda: None
         self._settle: Callable[[], None] = lambda: None  # counts a step of which it was not known
-        self._folder_is_taken = self._ranks.writes and (self._folder / MANIFEST).exists()
-        if self._folder_is_taken and not resume:
-            held = SnapshotStore.open(self._folder)
-            raise SnapshotMismatchError(
-                f"{self._folder} already holds run {held.run_id} up to time "
-                f"{max(held.times, default=0)}. To continue that run pass resume=True and load the "
-                "tracker's state; for a new run choose a new folder."
-            )
 
     # ---- looking
 
     @property
     def folder(self) -> Path:
         """Folder of the store."""
-        return self._folder
+        return self._recorder.folder
 
     @property
     def time(self) -> int:
@@ -272,8 +203,8 @@ class Tracker:
 
         On ranks that do not write it, it is open for reading.
         """
-        self._wait()
-        return self._open_store() if self._ranks.writes else SnapshotStore.open(self._folder)
+        self._recorder.wait()
+        return self._recorder.open()
 
     @property
     def session(self) -> str:
@@ -283,7 +214,7 @@ class Tracker:
     @property
     def num_snapshots(self) -> int:
         """Snapshots that this object has stored."""
-        return self._num_snapshots
+        return self._recorder.num_snapshots
 
     @property
     def stopped(self) -> bool:
@@ -340,7 +271,7 @@ class Tracker:
         Raises:
             ConfigError: the number is not positive and whole, or the clock counts steps.
         """
-        if self._clock == "steps":
+        if self._settings.clock == "steps":
             raise ConfigError("advance counts samples, this tracker steps: give it clock='images'.")
         if type(samples) is not int or samples < 1:
             raise ConfigError(f"samples must be a positive whole number, got {samples!r}.")
@@ -381,16 +312,16 @@ class Tracker:
             )
         self._refuse_swapped("a snapshot")
         self._settle()
-        self._wait()
-        self._written = []
+        self._recorder.wait()
+        self._recorder.written = []
         if self._failed:
-            self._notify()
+            self._give_notice()
         elif self._ranks.tracks:
             if not self._begun:
                 self._begin()
             self._guarded(self._snapshot)
             self.flush()
-        return list(self._written)
+        return list(self._recorder.written)
 
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
@@ -405,71 +336,41 @@ class Tracker:
         Raises:
             PhemaError: with on_error="raise", what went wrong there.
         """
-        self._wait()
+        self._recorder.wait()
         if self._averages is not None:
             self._averages.wait()
         self._raise_from_job()
 
-    def _wait(self) -> None:
-        if self._jobs is not None:
-            self._jobs.wait()
-
     def _begin(self) -> None:
         """What the first step of this object needs: a store, and the other ranks."""
-        if self._ranks.sharded:
-            try:
-                self._meet()
-            except Exception as error:
-                self._stopped, self._failure = True, str(error)
-                raise
-        elif self._ranks.writes:
-            self._begin_store()
-        self._begun = True
-
-    def _meet(self) -> None:
-        """Agree with the other ranks of a sharded run, see `Ranks.meet`."""
-        from posthoc_ema.torch.distributed_snapshots import remove_left_parts
-
-        self._ranks.arrive()
-        problem: Exception | None = None
-        first: dict[str, Any] = {}
-        try:
-            if self._ranks.writes:
-                first = self._begin_store()
-                remove_left_parts(self._folder)
-        except Exception as error:
-            problem = error  # the others hear of it when they meet
         agreed = {
             "time": self._time,
             "steps": self._steps,
-            "clock": self._clock,
+            "clock": self._settings.clock,
             "sigma_rels": list(self._sigma_rels),
-            "every": self._every,
-            "update_every": self._update_every,
-            "raw": self._raw,
+            "every": self._settings.every,
+            "update_every": self._settings.update_every,
+            "raw": self._settings.raw,
         }
         try:
-            told = self._ranks.meet(agreed, first, None if problem is None else str(problem))
-        except TrackingError as error:
-            raise problem or error from None
-        self._run_id, self._stored_at = told["run_id"], told["stored_at"]
-
-    def _begin_store(self) -> dict[str, Any]:
-        """Open the store; returns what the other ranks want to know of it."""
-        if self._steps == 0 and self._store is None:
-            self._check_beginning()
-        store = self._open_store()
-        return {"run_id": store.run_id, "stored_at": self._time if self._is_stored(store) else 0}
+            self._recorder.begin(agreed, self._check_beginning)
+        except Exception as error:
+            if self._ranks.sharded:  # the others have given up as well
+                self._stopped, self._failure = True, str(error)
+            raise
+        self._begun = True
 
     def _check_beginning(self) -> None:
-        if self._clock == "images" and self._samples_per_step is None and not self._pending:
+        if self._steps or self._recorder.is_open:
+            return
+        if self._settings.elapsed_per_step is None and not self._pending:
             raise TrackingError(
                 "clock='images' needs to know the batch size: pass samples_per_step=N, or call "
                 "tracker.advance(len(batch)) before each step."
             )
-        if self._folder_is_taken:
+        if self._recorder.is_taken:
             raise TrackingError(
-                f"{self._folder} holds snapshots, but training starts at time 0. Load the state that "
+                f"{self.folder} holds snapshots, but training starts at time 0. Load the state that "
                 "belongs to them (tracker.load_state_dict), or discard them (tracker.restart())."
             )
 
@@ -477,14 +378,14 @@ class Tracker:
         self._advance_clock()
         if not self._ranks.tracks:
             return
-        if self._steps % self._update_every == 0:
+        if self._steps % self._settings.update_every == 0:
             self._update()
         if self._due:
             self._snapshot()
 
     def _advance_clock(self) -> None:
         before, self._due = self._time, False
-        elapsed = self._pending or self._samples_per_step
+        elapsed = self._pending or self._settings.elapsed_per_step
         if elapsed is None:
             raise TrackingError(
                 "this step's number of samples is unknown: call tracker.advance(n) before it."
@@ -492,7 +393,8 @@ class Tracker:
         self._time += elapsed
         self._pending = 0
         self._steps += 1
-        self._due = self._every is not None and self._time // self._every > before // self._every
+        every = self._settings.every
+        self._due = every is not None and self._time // every > before // every
 
     def _step_stopped(self) -> None:
         """Where the others wait for this rank's part of a snapshot, say that tracking has stopped."""
@@ -500,17 +402,11 @@ class Tracker:
             with contextlib.suppress(TrackingError):
                 self._advance_clock()
             if self._due:
-                self._notify()
+                self._give_notice()
 
-    def _notify(self) -> None:
-        if self._ranks.awaited and self._failure is not None:
-            from posthoc_ema.torch.distributed_snapshots import give_notice
-
-            notice = functools.partial(give_notice, self._ranks, self._failure)
-            if self._jobs is None:
-                notice()
-            else:
-                self._jobs.start(notice)
+    def _give_notice(self) -> None:
+        if self._failure is not None:
+            self._recorder.give_notice(self._failure)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -532,38 +428,21 @@ class Tracker:
         return Averages(
             parameters,
             len(self._sigma_rels),
-            kernel=self._memory.kernel,
-            dtype=self._memory.dtype,
-            device=self._memory.device,
+            kernel=self._settings.kernel,
+            dtype=self._settings.average_dtype,
+            device=self._settings.device,
         )
 
     # ---- snapshots
 
     def _snapshot(self) -> None:
         """Take a snapshot of the present time, and store it or have it stored."""
-        self._wait()
+        self._recorder.wait()
         self._raise_from_job()
-        if self._failed:  # what was in the background has failed
-            return
-        store = self._open_store() if self._ranks.writes else None
-        if self._stored_at == self._time or (not self._ranks.sharded and self._is_stored(store)):
-            return
-        self._update()
-        taken = self._take()
-        self._taken_at = taken.time
-        if self._jobs is None:
-            self._write(store, taken)
-        else:
-            copy = taken.on_host()
-            self._jobs.start(lambda: self._write(store, copy))
-
-    def _is_stored(self, store: SnapshotStore | None) -> bool:
-        """Whether the averages of now are in the store."""
-        return (
-            store is not None
-            and self._time > 0
-            and all(store.find(self._time, PowerProfile(self._time, s)) for s in self._sigma_rels)
-        )
+        # What was in the background may have failed.
+        if not self._failed and not self._recorder.has(self._time):
+            self._update()
+            self._recorder.record(self._take())
 
     @torch.no_grad()
     def _take(self) -> TakenSnapshot:
@@ -577,7 +456,7 @@ class Tracker:
             PowerProfile(self._time, s): LazyTensors(mine, functools.partial(_average, averages, i))
             for i, s in enumerate(self._sigma_rels)
         }
-        if self._raw != "none":
+        if self._settings.raw != "none":
             raw = self._ranks.parts({name: tensors[name] for name in mine})
             taken[PointProfile(self._time)] = raw
         copied = {
@@ -586,64 +465,6 @@ class Tracker:
             if not entry.averaged and self._ranks.is_written_here(entry.name)
         }
         return TakenSnapshot(self._time, taken, copied)
-
-    def _write(self, store: SnapshotStore | None, taken: TakenSnapshot) -> None:
-        self._check_finite(taken)
-        replace_raw = self._raw == "last"
-        if self._ranks.sharded:
-            from posthoc_ema.torch.distributed_snapshots import store_parts
-
-            records = store_parts(
-                self._ranks, self._folder, store, taken, self._dtype, replace_raw=replace_raw
-            )
-        else:
-            assert store is not None
-            records = taken.add_to(store, self._dtype, replace_raw=replace_raw)
-        self._stored_at = taken.time
-        self._num_snapshots += 1
-        if store is not None:
-            if self._keep is not None:
-                self._thin_out(store, self._keep)
-            records = [r for r in records if store.find(r.time, r.profile)]
-        self._written = records
-
-    def _check_finite(self, taken: TakenSnapshot) -> None:
-        """Say once that the averages have diverged: nothing else would, they never recover."""
-        name = None if self._has_diverged else taken.first_not_finite()
-        if name is not None:
-            self._has_diverged = True
-            _log.warning(
-                "the averages at time %d are not finite (first in %r): the weights had NaN or infinite "
-                "values since the last snapshot, and an average keeps them for ever. Continue from a "
-                "checkpoint before that.",
-                taken.time,
-                name,
-            )
-
-    def _thin_out(self, store: SnapshotStore, keep: int) -> None:
-        """Keep the budget; a damaged old file stops neither training nor storing."""
-        try:
-            thin_out(store, keep, self._keep_range)
-        except SnapshotError as error:
-            if not self._thinning_failed:
-                _log.error(
-                    "the store is not thinned any more, snapshots go on: %s After the run: `phema verify "
-                    "--drop`, then `phema prune`.",
-                    error,
-                )
-            self._thinning_failed = True
-
-    def _open_store(self) -> SnapshotStore:
-        if self._store is None:
-            self._store = SnapshotStore.create(
-                self._folder,
-                clock=self._clock,
-                table=self._model.table,
-                run_id=self._run_id,
-                metadata=self._metadata,
-            )
-            self._run_id = self._store.run_id
-        return self._store
 
     # ---- evaluating
 
@@ -720,12 +541,12 @@ class Tracker:
             # torch.distributed.checkpoint loads into tensors that are there, before the first step.
             self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
         averages, rows = self._averages, len(self._sigma_rels)
-        if self._ranks.writes and not self._folder_is_taken:
-            self._run_id = self._open_store().run_id
+        if self._ranks.writes and not self._recorder.is_taken:
+            self._recorder.open()  # a new run has its id from its store
         return {
             "schema": STATE_SCHEMA,
-            "run_id": self._run_id,
-            "clock": self._clock,
+            "run_id": self._recorder.run_id,
+            "clock": self._settings.clock,
             "time": self._time,
             "last_update": self._last_update,
             "steps": self._steps,
@@ -752,20 +573,16 @@ class Tracker:
             SnapshotMismatchError: the folder holds another run or model.
         """
         self.flush()
-        check_state(state, self._sigma_rels, self._clock, self._model.table)
+        check_state(state, self._sigma_rels, self._settings.clock, self._model.table)
         if self._ranks.tracks and state["last_update"] and not state["averages"]:
             raise TrackingError(
                 "the state holds no averages: it is that of a replica that does not track. Load that of "
                 f"rank {self._ranks.members[0]} on every rank."
             )
         time = int(state["time"])
-        if self._ranks.writes:
-            self._resume_store(state["run_id"], time)
-        self._folder_is_taken = False
-        self._run_id = state["run_id"]
+        self._recorder.resume(state["run_id"], time)
         self._time, self._last_update = time, int(state["last_update"])
         self._steps, self._pending = int(state["steps"]), int(state["pending"])
-        self._stored_at = 0
         self._stopped = self._failed = bool(state["failed"])
         if self._failed:
             self._failure = f"it had stopped before time {time}, in the run that was continued"
@@ -782,48 +599,13 @@ class Tracker:
                 averages.load(name, self._ranks.part_of_stack(name, stack))
             self._averages = averages
 
-    def _resume_store(self, run_id: str, time: int) -> None:
-        if (self._folder / MANIFEST).exists():
-            if self._store is not None:
-                self._store.close()
-            self._store = SnapshotStore.resume(
-                self._folder,
-                run_id=run_id,
-                clock=self._clock,
-                table=self._model.table,
-                time=time,
-            )
-        else:
-            self._run_id = run_id
-            if time:
-                _log.warning(
-                    "%s holds no snapshots of run %s: averages are synthesized from those that are "
-                    "stored from time %d on.",
-                    self._folder,
-                    self._run_id,
-                    time,
-                )
-            self._open_store()
-
     def restart(self) -> None:
         """Discard what the folder holds of this run and begin at time 0, under the same run id."""
         self.flush()
-        if self._ranks.writes and (self._folder / MANIFEST).exists():
-            if self._store is not None:
-                self._store.close()
-            held = SnapshotStore.open(self._folder)
-            self._store = SnapshotStore.resume(
-                self._folder,
-                run_id=held.run_id,
-                clock=self._clock,
-                table=self._model.table,
-                time=0,
-            )
-            self._run_id = held.run_id
-        self._folder_is_taken = False
+        self._recorder.restart()
         self._forget_averages()
         self._begun = False
-        self._time = self._last_update = self._steps = self._pending = self._stored_at = 0
+        self._time = self._last_update = self._steps = self._pending = 0
 
     def _forget_averages(self) -> None:
         if self._averages is not None:
@@ -843,8 +625,7 @@ class Tracker:
         finally:
             if self._averages is not None:
                 self._averages.close()
-            if self._store is not None:
-                self._store.close()
+            self._recorder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -859,7 +640,7 @@ class Tracker:
         try:
             action()
         except Exception as error:
-            if self._on_error == "raise":
+            if self._settings.on_error == "raise":
                 raise
             self._report(error)
         finally:
@@ -876,7 +657,7 @@ class Tracker:
 
     def _job_failed(self, error: Exception) -> None:
         """Called in the background, with what storing a snapshot raised."""
-        if self._on_error == "raise":
+        if self._settings.on_error == "raise":
             self._job_error = error
         else:
             self._report(error)
@@ -888,12 +669,12 @@ class Tracker:
 
     def _report(self, error: Exception) -> None:
         if isinstance(error, SnapshotWriteError):
-            _log.error("snapshot at time %d not stored: %s", self._taken_at, error)
+            _log.error("snapshot at time %d not stored: %s", self._recorder.begun_at, error)
             return  # the averages are whole; the next snapshot may succeed
         self._stopped = self._failed = True
         self._failure = str(error) or type(error).__name__
         _log.error(
             "tracking stopped at time %d, training goes on: %s", self._time, error, exc_info=error
         )
-        if self._due and self._taken_at != self._time:
-            self._notify()
+        if self._due and self._recorder.begun_at != self._time:
+            self._give_notice()

@@ -156,6 +156,19 @@ def test_diverged_averages_are_named_once(tmp_path, caplog):
     assert SnapshotStore.open(tmp_path).times == [1, 2, 3]
 
 
+def test_job_is_done_at_once_where_no_thread_can_be_had(tmp_path, monkeypatch):
+    """Python 3.12 starts none while it shuts down, where the last snapshot is taken."""
+
+    def none(self):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    tracker = Tracker(Scalar(1.0), tmp_path, every=1, on_error="raise")
+    tracker.step()
+    assert SnapshotStore.open(tmp_path).times == [1]
+    tracker.close()
+
+
 def test_snapshot_that_was_begun_is_finished_at_exit(tmp_path):
     """A script that never closes its tracker and ends in the middle of writing."""
     script = f"""

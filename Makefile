@@ -24,7 +24,7 @@ demo: $(STAMP)  ## Train, track, synthesize, sweep and plot on handwritten digit
 	$(BIN)/phema demo --out $(DEMO)
 
 test: $(STAMP)  ## Run the test suite (without the slow tests and the benchmarks)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not benchmarks"; code=$$?; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not benchmarks"; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "no test was collected: that is a failure, not a success"; exit 1; fi; exit $$code
 
 test-slow: $(STAMP)  ## Run the slow tests: kills and resumes, the must-show figures at full scale

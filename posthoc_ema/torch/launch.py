@@ -162,8 +162,15 @@ class Launch:
         if run is not None:
             run.iterations.after(optimizer)
         elif not known:
+            if id(optimizer) not in self._pool.optimizers:
+                optimizer.register_state_dict_pre_hook(self._before_checkpoint)
             self._pool.add(optimizer)
             self._pool.iterations.after(optimizer)
+
+    def _before_checkpoint(self, optimizer: Optimizer) -> None:
+        """The script makes a checkpoint right after its first step: it is decided now what is tracked."""
+        if id(optimizer) in self._pool.optimizers:
+            self._guarded(lambda _: self._pool.iterations.settle(), optimizer)
 
     def _owner(self, optimizer: Optimizer) -> tuple[bool, TrackedRun | None]:
         """(whether it is decided what becomes of this optimizer's steps, the run that they count for)."""

@@ -89,6 +89,8 @@ class Scan:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._known: set[int] = set()
         self._times = 0
+        # A script that ends after one step may have dropped its model before it is decided what to track.
+        self._held: list[nn.Module] = []
         self.watch(parameters)
 
     def _rescan(self) -> None:
@@ -123,6 +125,7 @@ class Scan:
         if not {id(p) for p in parameters} <= self._known:
             self._rescan()
         owners = self.owners(parameters)
+        self._held += [owner.module for owner in owners]
         most = max((len(owner.owned) for owner in owners), default=0)
         candidates = [
             owner.module
@@ -159,6 +162,7 @@ class Scan:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._held.clear()
 
     def find(self, parameters: Sequence[torch.Tensor], pattern: str | None) -> nn.Module | None:
         """The module that is trained through `parameters`, as far as one module owns them.

@@ -192,3 +192,32 @@ def test_killed_run_goes_on_and_ends_bit_equal(tmp_path, kills):
         f"{sum(lane.early for lane in lanes)} kills before the store was made, "
         f"{time.perf_counter() - begin:.0f} s"
     )
+
+
+def command(folder, *arguments):
+    """Run the script under `phema track` to its end; gives the exit code and the last line."""
+    track = [sys.executable, "-m", "phema", "track", "--out", folder / "snapshots", "--every", "7"]
+    done = subprocess.run(
+        [*map(str, track), "--", sys.executable, str(SCRIPT), str(folder / "training"), *arguments],
+        env=environment(PYTHONWARNINGS="default"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (("--steps", "1"), 0),
+        (("--steps", "600", "--checkpoint-every", "1", "--crash-at", "1"), -signal.SIGKILL),
+    ],
+    ids=["ended", "killed"],
+)
+def test_run_that_got_one_step_far_is_continued(tmp_path, first, code):
+    """The tracker is made when the second step begins, unless a checkpoint or the end comes before."""
+    assert command(tmp_path, *first)[0] == code
+    returned, line = command(tmp_path, "--steps", str(STEPS))
+    assert returned == 0
+    assert line.startswith(f"phema track: {STEPS} steps, continued at 1, "), line

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--checkpoint-every", type=int, default=10)
+    parser.add_argument("--crash-at", type=int, default=None)
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +42,8 @@ def main():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(state, args.folder / "checkpoint.tmp")
             (args.folder / "checkpoint.tmp").replace(checkpoint)
+        if step == args.crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
     print(f"done at step {args.steps}", flush=True)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from posthoc_ema.torch.averaging import Averages
+from posthoc_ema.torch.averaging import Averages, eager
 
 PROGRAM = """
 import logging, sys, torch
@@ -36,7 +36,7 @@ def test_one_function_serves_all_shapes_and_nothing_is_compiled_again():
     random_state = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
         first = {"w": torch.randn(140_000, generator=generator).to(dtype)}
-        Averages(first, 2, kernel="compiled").update(first, [1.0, 0.5])
+        Averages(first, 2, kernel="compiled").update(first, [0.25, 0.125])
         with torch.compiler.set_stance("fail_on_recompile"):
             for length in (131_073, 200_001, 300_000):
                 shapes = {"w": (length,), "m": (3, 50_000), "s": (7,), "t": (), "e": (0,)}
@@ -45,11 +45,28 @@ def test_one_function_serves_all_shapes_and_nothing_is_compiled_again():
                     for name, shape in shapes.items()
                 }
                 averages = Averages(values, 2, kernel="compiled")
-                averages.update(values, [1.0, 0.5])
+                averages.update(values, [0.25, 0.125])
                 for name, value in values.items():
-                    expected = torch.stack([value.float(), value.float() / 2])
+                    expected = torch.stack([value.float() / 4, value.float() / 8])
                     torch.testing.assert_close(averages.stack(name), expected, rtol=3e-7, atol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_first_updates_are_exact_and_later_ones_are_compiled(monkeypatch):
+    value = {"w": torch.randn(200_000), "s": torch.randn(9)}
+    averages = Averages(value, 2, kernel="compiled")
+    averages.load("w", torch.full((2, 200_000), 1e8))
+    averages.update(value, [1.0, 1.0])
+    assert torch.equal(averages.average("w", 1), value["w"])
+
+    def refuse(*args):
+        raise AssertionError("the eager kernel was used")
+
+    monkeypatch.setattr(eager.EagerKernel, "update", refuse)
+    value["w"].add_(4)
+    averages.update(value, [0.25, 0.0])
+    torch.testing.assert_close(averages.average("w", 0), value["w"] - 3)
+    torch.testing.assert_close(averages.average("w", 1), value["w"] - 4, rtol=0, atol=1e-6)
 
 
 def test_without_a_compiler_the_eager_kernel_stands_in_and_says_so_once(tmp_path):
@@ -91,7 +108,7 @@ def test_compiled_updates_in_a_thread_beside_the_training(threads):
     try:
         averages = Averages(value, 2, kernel="compiled", device="cpu")
         expected = {name: torch.zeros(2, *v.shape) for name, v in value.items()}
-        for weights in ([1.0, 1.0], [0.25, 0.75], [0.5, 1e-3]):
+        for weights in ([1.0, 1.0], [0.25, 0.01], [0.25, 0.75], [0.1, 1e-3]):
             averages.update(value, weights)
             for name, stack in expected.items():
                 value[name].mul_(1.0)

@@ -192,7 +192,7 @@ def test_an_interrupted_update_leaves_averages_that_refuse_to_go_on(monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(eager.EagerKernel, "_flat", interrupt)
+        patch.setattr(eager.EagerKernel, "_move", interrupt)
         with pytest.raises(KeyboardInterrupt):
             averages.update(values, [1.0])
     with pytest.raises(TrackingError, match="interrupted between two tensors"):

@@ -29,12 +29,10 @@ _Update = Callable[[list[torch.Tensor], torch.Tensor, list[torch.Tensor]], None]
 def _update(
     averages: list[torch.Tensor], parameter: torch.Tensor, weights: list[torch.Tensor]
 ) -> None:
-    """Set a <- a + w (parameter - a) for each profile, in the form of `torch.lerp`: exact at weight 1."""
+    """Set a <- a + w (parameter - a) for each profile."""
     theta = parameter.to(torch.float32)
     for average, weight in zip(averages, weights, strict=True):
-        difference = theta - average
-        forth, back = average + weight * difference, theta - (1 - weight) * difference
-        average.copy_(torch.where(weight < 0.5, forth, back))
+        average.copy_(average + weight * (theta - average))
 
 
 @functools.cache
@@ -50,7 +48,7 @@ def compiled_update(num_profiles: int, dtype: torch.dtype, device: str) -> _Upda
     function = types.FunctionType(code, globals())
     update: _Update = torch.compile(function, dynamic=True, fullgraph=True)
     averages = [torch.zeros(48, device=device) for _ in range(num_profiles)]
-    weights = [torch.tensor(0.5) for _ in range(num_profiles)]
+    weights = [torch.tensor(0.25) for _ in range(num_profiles)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, about parts of PyTorch
         update(averages, torch.zeros(48, dtype=dtype, device=device), weights)
@@ -77,10 +75,13 @@ class CompiledKernel:
         self._shelf = shelf
         self._rows = [[apart(row) for row in region.rows] for region in shelf.regions]
         self._gatherings = {
-            id(region): Gathering(region) for region in shelf.regions if not region.is_single
+            id(region): Gathering(region, parallel=True)
+            for region in shelf.regions
+            if not region.is_single
         }
-        self._fallback: EagerKernel | None = None
-        self._compile(dtypes)
+        self._eager = EagerKernel(shelf)
+        self._eager_knows: set[int] = set()
+        self._works = self._compile(dtypes)
 
     def update(
         self,
@@ -90,26 +91,36 @@ class CompiledKernel:
         source: int,
         changed: bool,
     ) -> None:
-        """One update, see `EagerKernel.update`."""
-        if changed and self._fallback is None:
-            self._compile(tensor.dtype for tensor in tensors)
-        if self._fallback is not None:
-            self._fallback.update(tensors, weights, seed, source, changed)
+        """One update, see `EagerKernel.update`.
+
+        The first updates have weights near 1: for those `lerp_` is exact, and the compiled form is not.
+        """
+        if changed:
+            self._eager_knows.clear()
+            self._works = self._works and self._compile(tensor.dtype for tensor in tensors)
+            self._prepare(tensors, source)
+        if not self._works or max(weights) >= 0.5:
+            new = source not in self._eager_knows
+            self._eager.update(tensors, weights, seed, source, new)
+            self._eager_knows.add(source)
             return
         scalars = [torch.tensor(weight, dtype=torch.float32) for weight in weights]
         for region, rows in zip(self._shelf.regions, self._rows, strict=True):
             if region.is_single:
                 theta = region.slots[0].flat(tensors[region.indices[0]])
             else:
-                gathering = self._gatherings[id(region)]
-                if changed:
-                    gathering.prepare([tensors[i] for i in region.indices], source)
-                theta = gathering.values(source)
+                theta = self._gatherings[id(region)].values(source)
             update = compiled_update(len(rows), theta.dtype, self._shelf.device.type)
             update(rows, theta, scalars)
 
-    def _compile(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Compile for these dtypes before an average is touched; fall back where that fails."""
+    def _prepare(self, tensors: Sequence[torch.Tensor], source: int) -> None:
+        for region in self._shelf.regions:
+            if not region.is_single:
+                mine = [tensors[i] for i in region.indices]
+                self._gatherings[id(region)].prepare(mine, source)
+
+    def _compile(self, dtypes: Iterable[torch.dtype]) -> bool:
+        """Compile for these dtypes before an average is touched; whether that works here."""
         try:
             for dtype in {torch.float32, *dtypes}:  # gathered parameters are float32
                 compiled_update(self._shelf.num_profiles, dtype, self._shelf.device.type)
@@ -118,4 +129,5 @@ class CompiledKernel:
                 "kernel='compiled' does not work here (%s): the averages are updated by the eager kernel.",
                 " ".join(str(error).split())[:200] or type(error).__name__,
             )
-            self._fallback = EagerKernel(self._shelf)
+            return False
+        return True

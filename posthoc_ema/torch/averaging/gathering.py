@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,18 +10,54 @@ import torch
 from posthoc_ema.torch.averaging.layout import Slot
 from posthoc_ema.torch.averaging.memory import Region
 
-SERIAL = 32_768
-"""Elements under which torch.cat copies with one fast loop and one thread (its grain size)."""
+SERIAL = 32_767
+"""Elements up to which PyTorch's operators stay in the calling thread (its grain size less one).
+
+Pieces are of this size: what one thread has copied would reach another through memory that they share,
+which on some machines takes longer than all the arithmetic.
+"""
 MEDIUM = 2_048
-"""Tensors of at least so many elements are copied with all threads."""
+"""Tensors of more elements are copied by all threads where that is allowed."""
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Concatenations (tensors, into) and after them copies (into, tensor)."""
+class Piece:
+    """A run of small parameters that are copied by one call.
 
-    cats: list[tuple[list[torch.Tensor], torch.Tensor]] = field(default_factory=list)
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    Attributes:
+        target: where their values come to lie, float32, (length,).
+        rows: their averages for each profile, (length,).
+        cat: tensors to concatenate, and into what; None for a single tensor.
+        copy: tensor to copy, and into what; None where the concatenation goes to `target`.
+    """
+
+    target: torch.Tensor
+    rows: list[torch.Tensor]
+    cat: tuple[list[torch.Tensor], torch.Tensor] | None
+    copy: tuple[torch.Tensor, torch.Tensor] | None
+
+    def fill(self) -> torch.Tensor:
+        """Copy the parameters as they are now; returns `target`."""
+        if self.cat is not None:
+            torch.cat(self.cat[0], out=self.cat[1])
+        if self.copy is not None:
+            self.copy[1].copy_(self.copy[0])
+        return self.target
+
+
+@dataclass
+class _Group:
+    slots: list[Slot] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+    def takes(self, slot: Slot, dtype: torch.dtype, parallel: bool) -> bool:
+        if not self.slots or self.tensors[0].dtype != dtype:
+            return not self.slots
+        if parallel and slot.numel >= MEDIUM:
+            return True
+        if parallel and self.slots[-1].numel >= MEDIUM:
+            return False
+        return slot.offset + slot.numel - self.slots[0].offset <= SERIAL
 
 
 class Gathering:
@@ -32,12 +68,14 @@ class Gathering:
 
     Args:
         region: its slots follow each other without gaps.
+        parallel: whether all threads may copy, for what is then read as a whole.
     """
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, *, parallel: bool) -> None:
         self._region = region
+        self._parallel = parallel
         self._flat = torch.empty_like(region.rows[0], dtype=torch.float32)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, list[Piece]] = {}
 
     def prepare(self, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Plan the calls anew.
@@ -46,50 +84,47 @@ class Gathering:
             tensors: one for each slot of the region.
             source: which of several sets of tensors that take turns this is.
         """
-        self._plans[source] = plan = _Plan()
-        group: list[tuple[Slot, torch.Tensor]] = []
+        plan = []
+        group = _Group()
         for slot, tensor in zip(self._region.slots, tensors, strict=True):
-            if not slot.fits(tensor):
-                self._close(group, plan)
-                group = []
-                plan.copies.append((slot.shaped(self._flat), tensor.detach()))
-                continue
-            if group and not _belongs(group, slot, tensor):
-                self._close(group, plan)
-                group = []
-            group.append((slot, slot.flat(tensor)))
-        self._close(group, plan)
+            fits = slot.fits(tensor)
+            if group.slots and not (fits and group.takes(slot, tensor.dtype, self._parallel)):
+                plan.append(self._piece(group))
+                group = _Group()
+            if fits:
+                group.slots.append(slot)
+                group.tensors.append(slot.flat(tensor))
+            else:
+                target, rows = self._part(slot, slot)
+                copy = (tensor.detach(), slot.shaped(self._flat))
+                plan.append(Piece(target, rows, None, copy))
+        if group.slots:
+            plan.append(self._piece(group))
+        self._plans[source] = plan
 
-    def _close(self, group: list[tuple[Slot, torch.Tensor]], plan: _Plan) -> None:
-        """Plan one concatenation; other dtypes are concatenated as they are and widened as one."""
-        if not group:
-            return
-        first, last = group[0][0], group[-1][0]
-        target = self._flat[first.offset : last.offset + last.numel]
-        tensors = [tensor for _, tensor in group]
+    def _part(self, first: Slot, last: Slot) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        start, stop = first.offset, last.offset + last.numel
+        return self._flat[start:stop], [row[start:stop] for row in self._region.rows]
+
+    def _piece(self, group: _Group) -> Piece:
+        """One concatenation; other dtypes than float32 are concatenated as they are and widened as one."""
+        target, rows = self._part(group.slots[0], group.slots[-1])
+        tensors = group.tensors
         if len(tensors) == 1:
-            plan.copies.append((target, tensors[0]))
-        elif tensors[0].dtype == torch.float32:
-            plan.cats.append((tensors, target))
-        else:
-            narrow = torch.empty_like(target, dtype=tensors[0].dtype)
-            plan.cats.append((tensors, narrow))
-            plan.copies.append((target, narrow))
+            return Piece(target, rows, None, (tensors[0], target))
+        if tensors[0].dtype == torch.float32:
+            return Piece(target, rows, (tensors, target), None)
+        narrow = torch.empty_like(target, dtype=tensors[0].dtype)
+        return Piece(target, rows, (tensors, narrow), (narrow, target))
+
+    def pieces(self, source: int) -> Iterator[Piece]:
+        """The pieces one after the other, filled with the parameters as they are now."""
+        for piece in self._plans[source]:
+            piece.fill()
+            yield piece
 
     def values(self, source: int) -> torch.Tensor:
-        """All parameters of the region as they are now, float32, (length,); overwritten by the next call."""
-        plan = self._plans[source]
-        for tensors, target in plan.cats:
-            torch.cat(tensors, out=target)
-        for target, tensor in plan.copies:
-            target.copy_(tensor)
+        """All parameters as they are now, float32, (length,); overwritten by the next call."""
+        for piece in self._plans[source]:
+            piece.fill()
         return self._flat
-
-
-def _belongs(group: list[tuple[Slot, torch.Tensor]], slot: Slot, tensor: torch.Tensor) -> bool:
-    first, last = group[0][0], group[-1][0]
-    if group[0][1].dtype != tensor.dtype:
-        return False
-    if slot.numel >= MEDIUM:
-        return True
-    return last.numel < MEDIUM and slot.offset + slot.numel - first.offset < SERIAL

@@ -307,20 +307,20 @@ class RankGroup:
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _no_bytes()
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.members]
-        self._group.allgather([sizes], [torch.tensor([len(data)])]).wait()
+        sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in self.members]
+        self._group.allgather([sizes], [torch.tensor([len(data)], device="cpu")]).wait()
         longest = max(int(size) for size in sizes)
         if not longest:
             return [b""] * len(self.members)
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
         padded[: len(mine)] = mine
-        found = [torch.zeros(longest, dtype=torch.uint8) for _ in self.members]
+        found = [torch.zeros(longest, dtype=torch.uint8, device="cpu") for _ in self.members]
         self._group.allgather([found], [padded]).wait()
         return [bytes(row[: int(size)].numpy()) for row, size in zip(found, sizes, strict=True)]
 
 
 def _no_bytes() -> torch.Tensor:
-    return torch.zeros(0, dtype=torch.uint8)
+    return torch.zeros(0, dtype=torch.uint8, device="cpu")
 
 
 def _new_group(members: Sequence[int], seconds: float) -> Any:

@@ -47,8 +47,8 @@ def compiled_update(num_profiles: int, dtype: torch.dtype, device: str) -> _Upda
     code = _update.__code__.replace(co_name=f"update_{num_profiles}_{dtype}".replace(".", "_"))
     function = types.FunctionType(code, globals())
     update: _Update = torch.compile(function, dynamic=True, fullgraph=True)
-    averages = [torch.zeros(48, device=device) for _ in range(num_profiles)]
-    weights = [torch.tensor(0.25) for _ in range(num_profiles)]
+    averages = [torch.zeros(48, dtype=torch.float32, device=device) for _ in range(num_profiles)]
+    weights = [torch.tensor(0.25, dtype=torch.float32, device="cpu") for _ in range(num_profiles)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, about parts of PyTorch
         update(averages, torch.zeros(48, dtype=dtype, device=device), weights)
@@ -104,7 +104,8 @@ class CompiledKernel:
             self._eager.update(tensors, weights, seed, source, new)
             self._eager_knows.add(source)
             return
-        scalars = [torch.tensor(weight, dtype=torch.float32) for weight in weights]
+        # The device is named here and above: torch.set_default_device may name another.
+        scalars = [torch.tensor(weight, dtype=torch.float32, device="cpu") for weight in weights]
         for region, rows in zip(self._shelf.regions, self._rows, strict=True):
             if region.is_single:
                 theta = region.slots[0].flat(tensors[region.indices[0]])

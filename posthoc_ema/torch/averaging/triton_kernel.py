@@ -53,26 +53,31 @@ class _Table:
         device: torch.device,
     ) -> None:
         self.theta, self.aligned, self._device = theta, aligned, device
-        chunks = torch.tensor([-(-slot.numel // BLOCK) for _, slot in members])
+        chunks = _on_host([-(-slot.numel // BLOCK) for _, slot in members])
         self.num_chunks = int(chunks.sum())
-        owners = torch.repeat_interleave(torch.arange(len(members)), chunks)
+        owners = torch.repeat_interleave(_on_host(range(len(members))), chunks)
         firsts = torch.cumsum(chunks, 0) - chunks
-        starts = (torch.arange(self.num_chunks) - firsts[owners]) * BLOCK
+        starts = (torch.arange(self.num_chunks, device="cpu") - firsts[owners]) * BLOCK
         self.owners = self._upload(owners.to(torch.int32))
         self.starts = self._upload(starts)
-        self.sizes = self._upload(torch.tensor([slot.numel for _, slot in members]))
-        self.strides = self._upload(torch.tensor([r.memory.stride(0) for r, _ in members]))
-        self.averages = self._upload(torch.tensor([_address(r, s) for r, s in members]))
-        self.parameters = torch.empty(0)
+        self.sizes = self._upload(_on_host([slot.numel for _, slot in members]))
+        self.strides = self._upload(_on_host([r.memory.stride(0) for r, _ in members]))
+        self.averages = self._upload(_on_host([_address(r, s) for r, s in members]))
+        self.parameters = _on_host([])
 
     def point_to(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write the addresses of the parameters."""
-        self.parameters = self._upload(torch.tensor([tensor.data_ptr() for tensor in tensors]))
+        self.parameters = self._upload(_on_host([tensor.data_ptr() for tensor in tensors]))
 
     def _upload(self, table: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
             return table
         return table.pin_memory().to(self._device, non_blocking=True)
+
+
+def _on_host(numbers: Sequence[int]) -> torch.Tensor:
+    """A table in host memory, whatever torch.set_default_device says."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _address(region: Region, slot: Slot) -> int:

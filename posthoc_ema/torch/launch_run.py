@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from posthoc_ema.manifest import MANIFEST
+from posthoc_ema.torch.launch_leader import LastSeen
 from posthoc_ema.torch.launch_models import class_name
 from posthoc_ema.torch.launch_resume import STATE_FOLDER, Mark, find_state, is_empty, mark_of
 from posthoc_ema.torch.launch_states import KeptStates
@@ -88,7 +89,8 @@ class TrackedRun:
         self.name = class_name(module)
         self.iterations = Iterations(self.count, optimizers, optimizers[0])
         self._module = module
-        self._leader = optimizers[0]
+        # Not kept alive: a run is over when the script has dropped its optimizers.
+        self._leader = cast(Optimizer, LastSeen(optimizers[0]))
         self._note = note
         self._options = options
         self._states = KeptStates(folder / STATE_FOLDER) if options["states"] == "on" else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
+import weakref
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from phema.track_options import values_of
 from posthoc_ema import SnapshotStore, TrackingError
 from posthoc_ema.torch import Tracker
 from posthoc_ema.torch.launch import Launch
+from posthoc_ema.torch.launch_leader import LastSeen
 from posthoc_ema.torch.launch_models import Scan
 from posthoc_ema.torch.launch_resume import mark_of
 
@@ -726,3 +729,17 @@ def test_schedule_free_averages_are_those_of_training_and_no_snapshot_shows_the_
     train(net, optimizer, 1, start=5)
     started.end()
     assert started.trackers[0].time == 6
+
+
+def test_what_is_left_of_a_dropped_optimizer_is_where_it_stood():
+    net, optimizer = make()
+    train(net, optimizer, 3)
+    seen, mark = LastSeen(optimizer), mark_of(optimizer)
+    moments = weakref.ref(optimizer.state[net.head.weight]["exp_avg"])
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    assert moments() is None
+    assert mark_of(seen) == mark
+    assert mark.counter == 3

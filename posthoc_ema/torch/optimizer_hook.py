@@ -95,5 +95,5 @@ def track(
         )
     tracker = Tracker(model, folder, every=every, **options)
     iterations, tracker._detach = follow(optimizers, tracker.step)
-    tracker._settle = iterations.settle
+    tracker._settle, tracker._discard = iterations.settle, iterations.discard
     return tracker

@@ -116,7 +116,7 @@ class Outcome:
             return
         found = found.detach()
         if found.is_cuda:
-            self._value = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self._value = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True)
             self._value.copy_(found, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(found.device))
@@ -190,7 +190,7 @@ class Iterations:
         if not self._stepped:
             return
         if self._joined and id(optimizer) not in self._stepped:
-            self._forget_joined()
+            self.discard()
         elif id(optimizer) in self._stepped or id(optimizer) == self._first:
             self._end()
 
@@ -213,11 +213,12 @@ class Iterations:
     def settle(self) -> None:
         """End the iteration now, if one is open: nothing will step before its weights are looked at."""
         if self._joined:
-            self._forget_joined()
+            self.discard()
         elif self._stepped:
             self._end()
 
-    def _forget_joined(self) -> None:
+    def discard(self) -> None:
+        """Forget the iteration that is open, if one is: its weights are replaced by others."""
         self._stepped.clear()
         self._joined = False
 

@@ -164,6 +164,20 @@ def test_two_optimizers_count_when_both_have_stepped():
         assert (len(events), iterations.open) == (number + 1, False)
 
 
+def test_an_open_iteration_that_is_discarded_does_not_count():
+    net = model()
+    first, second = SGD(net[0].parameters(), lr=0.1), SGD(net[1].parameters(), lr=0.1)
+    events, iterations, _ = followed(net, first, second)
+    backward(net)
+    first.step()
+    iterations.discard()
+    assert not iterations.open
+    first.step()
+    assert len(events) == 0
+    second.step()
+    assert len(events) == 1
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_an_iteration_in_which_one_of_two_is_left_out_counts_before_the_next(skipped):
     net = model()

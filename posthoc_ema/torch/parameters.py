@@ -92,6 +92,10 @@ def _all_named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise TrackingError(
+            f"{name!r} has no shape yet (a lazy module). Run the model once before you track it."
+        )
     if tensor.is_meta:
         raise TrackingError(
             f"{name!r} is on the meta device and has no values; materialise the model before tracking."
@@ -177,25 +181,30 @@ class TrackedModel:
             TrackingError: one was removed or reshaped.
         """
         parameters: dict[str, torch.Tensor] = {}
-        for name, owner, key in self._slots:
+        for name, shape, owner, key in self._slots:
             parameter: torch.Tensor | None = owner._parameters.get(key)
-            if parameter is None or tuple(parameter.shape) != self.table.entries[name].shape:
+            if parameter is None or parameter.shape != shape:
                 raise TrackingError(
                     f"parameter {name!r} was removed or reshaped while it was tracked. Start a new "
                     "tracker with a new folder for the changed model."
                 )
-            if is_sharded(parameter):
-                self._sharded[name] = parameter
-            elif name in self._sharded:
-                # FSDP2 has gathered it for a forward pass that no backward has followed; what the
-                # optimizer trains are the shards.
-                parameter = self._sharded[name]
+            if type(parameter) is not nn.Parameter or self._sharded:
+                parameter = self._shards(name, parameter)
             parameters[name] = parameter
         return parameters
 
+    def _shards(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """What the optimizer trains: the shards, also where FSDP2 has gathered them.
+
+        It does for a forward pass, and leaves them so if no backward pass follows.
+        """
+        if is_sharded(parameter):
+            self._sharded[name] = parameter
+        return self._sharded.get(name, parameter)
+
     @functools.cached_property
-    def _slots(self) -> list[tuple[str, nn.Module, str]]:
-        """(name, owning module, attribute) of each averaged parameter.
+    def _slots(self) -> list[tuple[str, tuple[int, ...], nn.Module, str]]:
+        """(name, shape, owning module, attribute) of each averaged parameter.
 
         Looking parameters up by attribute at each update follows re-assignment (`.to`,
         `load_state_dict(assign=True)`) at a fraction of the cost of a state_dict.
@@ -203,7 +212,7 @@ class TrackedModel:
         by_id = {id(p): (m, key) for m in self.module.modules() for key, p in m._parameters.items()}
         tensors = self._live()
         return [
-            (name, *by_id[id(tensors[name])])
+            (name, entry.shape, *by_id[id(tensors[name])])
             for name, entry in self.table.entries.items()
             if entry.averaged
         ]
@@ -217,21 +226,22 @@ class TrackedModel:
         tensors = self._live()
         for name, parameter in self.averaged().items():
             if tensors[name] is not parameter:
-                raise TrackingError(
-                    f"{name!r} is another parameter than the one that was tracked so far (a module was "
-                    "replaced, or a tie was broken). Start a new tracker with a new folder."
-                )
+                raise TrackingError(_replaced(name))
         return tensors
 
     def _live(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name, tensor in named_tensors(self.module, self._selection):
             if name in self.table.aliases:
+                if found.get(self.table.aliases[name]) is not tensor:
+                    raise TrackingError(_replaced(name))
                 continue
             entry = self.table.entries.get(name)
             if entry is None:
                 raise TrackingError(_changed(f"{name!r} is new"))
-            averaged = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            # One that was trained once may be frozen for a while: the half of a GAN whose turn it is not.
+            is_parameter = isinstance(tensor, nn.Parameter)
+            averaged = is_parameter and (tensor.requires_grad or entry.averaged)
             now = TensorEntry(name, tuple(tensor.shape), dtype_name(tensor), averaged)
             if now != entry:
                 raise TrackingError(_changed(f"{name!r} was {_words(entry)} and is {_words(now)}"))
@@ -240,6 +250,13 @@ class TrackedModel:
         if missing is not None:
             raise TrackingError(_changed(f"{missing!r} is gone"))
         return found
+
+
+def _replaced(name: str) -> str:
+    return (
+        f"{name!r} is another parameter than the one that was tracked so far (a module was replaced, or a "
+        "tie was broken). Start a new tracker with a new folder."
+    )
 
 
 def _changed(what: str) -> str:

@@ -114,8 +114,7 @@ class Recorder:
                     time,
                 )
             self.open()
-        self.is_taken = False
-        self.stored_at = 0
+        self._forget()
 
     def restart(self) -> None:
         """Discard what the folder holds, and begin at time 0 under the same run id."""
@@ -123,8 +122,11 @@ class Recorder:
             held = SnapshotStore.open(self.folder)
             self._take_over(held.run_id, 0)
             self.run_id = held.run_id
-        self.is_taken = False
-        self.stored_at = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_taken = self._thinning_failed = self._has_diverged = False
+        self.stored_at = self.begun_at = 0
 
     def _take_over(self, run_id: str, time: int) -> None:
         if self._store is not None:

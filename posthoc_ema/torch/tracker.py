@@ -156,7 +156,7 @@ class Tracker:
             model, self._model.live(), list(self._model.averaged()), shard_averages
         )
         self._recorder = Recorder(
-            Path(folder),
+            Path(os.path.abspath(folder)),  # noqa: PTH100  # a script may change its directory
             self._settings,
             self._model.table,
             self._ranks,
@@ -168,12 +168,15 @@ class Tracker:
         self._averages: Averages | None = None
         self._time = self._last_update = self._steps = self._pending = 0
         self._begun = self._due = False
-        self._stopped = self._failed = False
+        self._stopped = self._failed = self._closed = False
         self._failure: str | None = None
         self._job_error: Exception | None = None
         self._busy = self._updating = self._swapped = False
+        # Put here by what follows an optimizer: takes its hooks off; counts a step that it has kept back;
+        # forgets such a step.
         self._detach: Callable[[], None] = lambda: None
-        self._settle: Callable[[], None] = lambda: None  # counts a step of which it was not known
+        self._settle: Callable[[], None] = lambda: None
+        self._discard: Callable[[], None] = lambda: None
 
     # ---- looking
 
@@ -275,6 +278,7 @@ class Tracker:
             raise ConfigError("advance counts samples, this tracker steps: give it clock='images'.")
         if type(samples) is not int or samples < 1:
             raise ConfigError(f"samples must be a positive whole number, got {samples!r}.")
+        self._settle()  # a step that is not counted yet must not take these samples
         self._pending += samples
 
     def step(self) -> None:
@@ -300,8 +304,10 @@ class Tracker:
     def snapshot(self) -> list[SnapshotRecord]:
         """Store the averages as of now, and wait until they are; nothing happens if they are stored.
 
+        Where averages are sharded, every rank calls this.
+
         Returns:
-            The new records; empty if there are none.
+            The new records; empty if there are none, or if the tracker is closed.
 
         Raises:
             TrackingError: before the first step; or while averages are swapped into the model.
@@ -312,14 +318,25 @@ class Tracker:
             )
         self._refuse_swapped("a snapshot")
         self._settle()
+        return self._stored_by(self._snapshot)
+
+    def _snapshot_averages(self) -> list[SnapshotRecord]:
+        """Store the averages as of their last update, without raw weights.
+
+        For when the model's weights are not those that training left: averages need them no more.
+        """
+        self._discard()
+        return self._stored_by(self._record_averages) if self._last_update else []
+
+    def _stored_by(self, action: Callable[[], None]) -> list[SnapshotRecord]:
         self._recorder.wait()
         self._recorder.written = []
         if self._failed:
             self._give_notice()
-        elif self._ranks.tracks:
+        elif self._ranks.tracks and not self._closed:
             if not self._begun:
                 self._begin()
-            self._guarded(self._snapshot)
+            self._guarded(action)
             self.flush()
         return list(self._recorder.written)
 
@@ -337,9 +354,11 @@ class Tracker:
             PhemaError: with on_error="raise", what went wrong there.
         """
         self._recorder.wait()
-        if self._averages is not None:
+        self._guarded(self._wait_for_averages)
+
+    def _wait_for_averages(self) -> None:
+        if self._averages is not None and not self._failed:
             self._averages.wait()
-        self._raise_from_job()
 
     def _begin(self) -> None:
         """What the first step of this object needs: a store, and the other ranks."""
@@ -438,33 +457,36 @@ class Tracker:
     def _snapshot(self) -> None:
         """Take a snapshot of the present time, and store it or have it stored."""
         self._recorder.wait()
-        self._raise_from_job()
         # What was in the background may have failed.
         if not self._failed and not self._recorder.has(self._time):
             self._update()
-            self._recorder.record(self._take())
+            self._recorder.record(self._take(raw=self._settings.raw != "none"))
+
+    def _record_averages(self) -> None:
+        if not self._recorder.has(self._last_update):
+            self._recorder.record(self._take(raw=False))
 
     @torch.no_grad()
-    def _take(self) -> TakenSnapshot:
-        averages = self._averages
+    def _take(self, raw: bool) -> TakenSnapshot:
+        """The averages as of the last update, with the raw weights or without."""
+        averages, time = self._averages, self._last_update
         assert averages is not None  # the update before has made them
         averages.wait()
         tensors = self._model.live()
         entries = self._model.table.entries.values()
         mine = [n for n in averages.names if self._ranks.is_written_here(n)]
         taken: dict[StoredProfile, Mapping[str, torch.Tensor]] = {
-            PowerProfile(self._time, s): LazyTensors(mine, functools.partial(_average, averages, i))
+            PowerProfile(time, s): LazyTensors(mine, functools.partial(_average, averages, i))
             for i, s in enumerate(self._sigma_rels)
         }
-        if self._settings.raw != "none":
-            raw = self._ranks.parts({name: tensors[name] for name in mine})
-            taken[PointProfile(self._time)] = raw
+        if raw:
+            taken[PointProfile(time)] = self._ranks.parts({name: tensors[name] for name in mine})
         copied = {
             entry.name: local_part(tensors[entry.name])
             for entry in entries
             if not entry.averaged and self._ranks.is_written_here(entry.name)
         }
-        return TakenSnapshot(self._time, taken, copied)
+        return TakenSnapshot(time, taken, copied)
 
     # ---- evaluating
 
@@ -521,9 +543,10 @@ class Tracker:
 
         Returns:
             A dict of plain numbers and strings, and under "averages" name -> float32 tensor of shape
-            (num_profiles, *shape), live ones or copies. Fit for `torch.save` (it loads with
-            weights_only=True). Sharded averages are DTensors: call this on every rank, and save and
-            load through `torch.distributed.checkpoint`. Of replicas the first rank has the averages.
+            (num_profiles, *shape): the live ones, so copy them if you keep a state in memory. Fit for
+            `torch.save` (it loads with weights_only=True). Sharded averages are DTensors: call this on
+            every rank, and save and load through `torch.distributed.checkpoint`. Of replicas the first
+            rank has the averages.
 
         Raises:
             TrackingError: averages are swapped into the model, whose weights a checkpoint would hold.
@@ -535,8 +558,7 @@ class Tracker:
 
     def _state(self) -> dict[str, Any]:
         """The state of now, while a snapshot may still be being written."""
-        if self._averages is not None:
-            self._averages.wait()
+        self._wait_for_averages()
         if self._averages is None and self._ranks.tracks and self._ranks.several:
             # torch.distributed.checkpoint loads into tensors that are there, before the first step.
             self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
@@ -556,7 +578,7 @@ class Tracker:
             "averages": {
                 name: self._ranks.whole(name, averages.stack(name), rows) for name in averages.names
             }
-            if averages
+            if averages and not self._failed
             else {},
         }
 
@@ -572,9 +594,11 @@ class Tracker:
             TrackingError: the state does not fit this tracker; the message names the difference.
             SnapshotMismatchError: the folder holds another run or model.
         """
-        self.flush()
+        self._rewind()
         check_state(state, self._sigma_rels, self._settings.clock, self._model.table)
-        if self._ranks.tracks and state["last_update"] and not state["averages"]:
+        self._refuse_moved_on(state)
+        missing = state["last_update"] and not state["averages"] and not state["failed"]
+        if self._ranks.tracks and missing:
             raise TrackingError(
                 "the state holds no averages: it is that of a replica that does not track. Load that of "
                 f"rank {self._ranks.members[0]} on every rank."
@@ -583,8 +607,9 @@ class Tracker:
         self._recorder.resume(state["run_id"], time)
         self._time, self._last_update = time, int(state["last_update"])
         self._steps, self._pending = int(state["steps"]), int(state["pending"])
-        self._stopped = self._failed = bool(state["failed"])
-        if self._failed:
+        self._recover()
+        if state["failed"]:
+            self._stopped = self._failed = True
             self._failure = f"it had stopped before time {time}, in the run that was continued"
             _log.error(
                 "tracking had stopped at time %d when this state was saved, training went on without "
@@ -601,31 +626,61 @@ class Tracker:
 
     def restart(self) -> None:
         """Discard what the folder holds of this run and begin at time 0, under the same run id."""
-        self.flush()
+        self._rewind()
         self._recorder.restart()
+        self._recover()
         self._forget_averages()
         self._begun = False
         self._time = self._last_update = self._steps = self._pending = 0
 
+    def _rewind(self) -> None:
+        """Before the tracker is put to another time: what is under way ends, or is forgotten."""
+        if self._closed:
+            raise TrackingError("the tracker is closed. Make a new one, with resume=True.")
+        self._discard()
+        self._recorder.wait()
+
+    def _recover(self) -> None:
+        """What went wrong belongs to a past that is given up."""
+        self._stopped = self._failed = self._updating = False
+        self._failure = self._job_error = None
+
+    def _refuse_moved_on(self, state: Mapping[str, Any]) -> None:
+        """The tensors of `state_dict` are the live ones: later they are not those of its time."""
+        live = self._averages
+        if live is None or self._failed or int(state["last_update"]) == self._last_update:
+            return
+        for name, stack in state["averages"].items():
+            mine = self._ranks.whole(name, live.stack(name), len(self._sigma_rels))
+            if local_part(stack).data_ptr() == local_part(mine).data_ptr() and stack.numel():
+                raise TrackingError(
+                    "the averages of this state are the tracker's own tensors, which have moved on since "
+                    "it was taken. Keep a copy: copy.deepcopy(tracker.state_dict())."
+                )
+
     def _forget_averages(self) -> None:
-        if self._averages is not None:
-            self._averages.close()
-        self._averages = None
+        averages, self._averages = self._averages, None
+        if averages is not None:
+            averages.close()
 
     # ---- ending
 
     def close(self) -> None:
         """Stop tracking: the hook goes, what is being written is finished, the folder is given free."""
-        self._settle()
-        self._detach()
-        self._detach = self._settle = lambda: None
-        self._stopped = True
-        try:
-            self.flush()
-        finally:
+        with (
+            contextlib.ExitStack() as stack
+        ):  # from the last to the first, whatever one of them raises
+            stack.callback(self._recorder.close)
             if self._averages is not None:
-                self._averages.close()
-            self._recorder.close()
+                stack.callback(self._averages.close)
+            stack.callback(self.flush)
+            stack.callback(self._end)
+            self._settle()
+
+    def _end(self) -> None:
+        self._detach()
+        self._detach = self._settle = self._discard = lambda: None
+        self._stopped = self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -635,25 +690,30 @@ class Tracker:
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Run `action`; with on_error="warn", an error is logged and training goes on."""
-        self._raise_from_job()
         self._busy = True
         try:
             action()
+            self._raise_from_job()  # of a snapshot before: what is counted now is counted
         except Exception as error:
-            if self._settings.on_error == "raise":
-                raise
-            self._report(error)
+            if self._settings.on_error == "warn":
+                self._report(error)
+                return
+            if self._updating:
+                self._stop(str(error) or type(error).__name__)
+            raise
         finally:
             self._busy = False
-            self._failed |= self._updating
-            if self._updating and not self._stopped:  # Ctrl-C in the middle of an update
-                self._stopped = True
-                self._failure = "an update was interrupted between two tensors"
+            if self._updating and not self._failed:  # Ctrl-C in the middle of an update
+                self._stop("an update was interrupted between two tensors")
                 _log.error(
                     "tracking stopped at time %d: an update was interrupted between two tensors. "
                     "Resume from the last checkpoint.",
                     self._time,
                 )
+
+    def _stop(self, failure: str) -> None:
+        self._stopped = self._failed = True
+        self._failure = failure
 
     def _job_failed(self, error: Exception) -> None:
         """Called in the background, with what storing a snapshot raised."""
@@ -671,8 +731,7 @@ class Tracker:
         if isinstance(error, SnapshotWriteError):
             _log.error("snapshot at time %d not stored: %s", self._recorder.begun_at, error)
             return  # the averages are whole; the next snapshot may succeed
-        self._stopped = self._failed = True
-        self._failure = str(error) or type(error).__name__
+        self._stop(str(error) or type(error).__name__)
         _log.error(
             "tracking stopped at time %d, training goes on: %s", self._time, error, exc_info=error
         )

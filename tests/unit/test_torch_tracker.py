@@ -446,10 +446,6 @@ def replaced_module(model):
     model.module = nn.Linear(4, 4)
 
 
-def frozen(model):
-    model.module.weight.requires_grad_(False)
-
-
 def removed(model):
     del model.module.bias
     model.module.register_parameter("bias", None)
@@ -466,7 +462,6 @@ def cast(model):
 CHANGES = {
     "reshaped": (changed_shape, "removed or reshaped"),
     "replaced": (replaced_module, "'module.weight' is another parameter"),
-    "frozen": (frozen, r"'module.weight' was float32 \(4, 4\), trainable and is .* not trainable"),
     "removed": (removed, "'module.bias' was removed"),
     "added": (added, "'extra.weight' is new"),
     "cast": (cast, "float16"),

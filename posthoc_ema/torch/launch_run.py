@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,21 +19,14 @@ from posthoc_ema.torch.launch_leader import LastSeen
 from posthoc_ema.torch.launch_models import class_name
 from posthoc_ema.torch.launch_resume import STATE_FOLDER, Mark, find_state, is_empty, mark_of
 from posthoc_ema.torch.launch_states import KeptStates
+from posthoc_ema.torch.launch_weights import LastWeights
+from posthoc_ema.torch.sharding import is_sharded
 from posthoc_ema.torch.state_files import load_state
 from posthoc_ema.torch.stepping import Iterations, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 _log = logging.getLogger("posthoc_ema")
 DEFAULT_EVERY = 1000
-_SAMPLE = 32
-
-
-class _Look(NamedTuple):
-    """What changes when someone writes to a parameter, or replaces its values; a move is neither."""
-
-    version: int
-    device: torch.device
-    address: int
 
 
 def tracker_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,14 +88,13 @@ class TrackedRun:
         self._note = note
         self._options = options
         self._states = KeptStates(folder / STATE_FOLDER) if options["states"] == "on" else None
-        self._checkpoints: list[
-            int
-        ] = []  # times at which the script asked for its optimizer's state
-        self._followed: set[int] = set()
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._process = os.getpid()
         self._working = False
         self._ended = False
-        self._versions: tuple[_Look, ...] = ()
+        self._weights = LastWeights()
+        self._remark = ""
+        self._told = 0
         self._snapshot_wanted = False
         taken = (folder / MANIFEST).exists()
         found = None
@@ -136,10 +129,11 @@ class TrackedRun:
 
     def add(self, optimizer: Optimizer) -> None:
         """Save the tracker's state whenever the script asks this optimizer for its own."""
-        if self._states is None or id(optimizer) in self._followed:
+        if optimizer in self._followed:
             return
-        self._followed.add(id(optimizer))
-        optimizer.register_state_dict_post_hook(self._on_state_dict)
+        self._followed.add(optimizer)
+        if self._states is not None:
+            optimizer.register_state_dict_post_hook(self._on_state_dict)
 
     @property
     def busy(self) -> bool:
@@ -157,15 +151,15 @@ class TrackedRun:
         try:
             before = tracker.time
             tracker.step()
+            self._weights.remember(self._leader)
             every = self._every()
             if tracker.time // every > before // every:
                 self._save()
                 self.report()
-            self._versions = self._look()
             if self._snapshot_wanted:
                 self._snapshot()
-            if tracker.stopped:
-                self.report()
+            if tracker.num_snapshots != self._told or self.tracker.stopped:
+                self.report()  # of what was stored beside the training, too
         finally:
             self._working = False
 
@@ -174,7 +168,7 @@ class TrackedRun:
 
     def request_snapshot(self) -> None:
         """Store a snapshot now, or after the next step if the weights have been touched since the last."""
-        if self.iterations.open or not self.unchanged():
+        if self.iterations.open or not self._weights.unchanged():
             self._snapshot_wanted = True
             return
         self._working = True
@@ -195,28 +189,22 @@ class TrackedRun:
         if self._states is not None and not self.tracker.stopped:
             self._states.save_for_snapshot(self.tracker, mark_of(self._leader))
 
-    def _look(self) -> tuple[_Look, ...]:
-        parameters = parameters_of(self._leader)
-        some = parameters[:: max(1, len(parameters) // _SAMPLE)]
-        return tuple(
-            _Look(p._version, p.device, 0 if _is_dtensor(p) else p.data_ptr()) for p in some
-        )
-
-    def unchanged(self) -> bool:
-        """Whether the weights are, as far as can be seen, those that the last step left.
-
-        At its end a script may load its best weights, or a schedule-free optimizer show its average.
-        """
-        averaging = any(group.get("train_mode") is False for group in self._leader.param_groups)
-        pairs = zip(self._versions, self._look(), strict=False)
-        return not averaging and all(
-            then.version == now.version
-            and (then.device != now.device or then.address == now.address)
-            for then, now in pairs
-        )
+    def _snapshot_averages(self) -> None:
+        """Store the averages of the last step, when the weights are not those that it left any more."""
+        tracker = self.tracker
+        if tracker.stopped or tracker.time == 0 or self._is_sharded():
+            return
+        before = tracker.num_snapshots
+        tracker._snapshot_averages()
+        if tracker.num_snapshots > before and self._options["raw"] != "none":
+            self._remark = (
+                "the last snapshot has no raw weights, because the weights were changed after "
+                f"step {tracker.steps}"
+            )
+        self.report()
 
     def _is_sharded(self) -> bool:
-        return any(_is_dtensor(p) for p in parameters_of(self._leader))
+        return any(is_sharded(p) for p in parameters_of(self._leader))
 
     # ---- states
 
@@ -247,8 +235,10 @@ class TrackedRun:
         try:
             if store:
                 self.iterations.settle()
-                if self.unchanged():
+                if self._weights.unchanged():
                     self._snapshot()
+                else:
+                    self._snapshot_averages()
             if self._states is not None:
                 self._states.flush()
             self.tracker.close()
@@ -264,6 +254,7 @@ class TrackedRun:
         tracker = self.tracker
         if not tracker._ranks.writes:  # one rank speaks for all that track a sharded model
             return
+        self._told = tracker.num_snapshots
         report = {
             "model": self.name,
             "folder": str(tracker.folder),
@@ -271,14 +262,11 @@ class TrackedRun:
             "time": tracker.time,
             "steps": tracker.steps,
             "continued": self._continued,
-            "snapshots": tracker.num_snapshots,
+            "snapshots": self._told,
             "sigma_rels": list(tracker.sigma_rels),
             "failure": tracker.failure,
             "ended": self._ended,
             "every": self._every(),
+            "remark": self._remark,
         }
         self._note("report", json.dumps(report))
-
-
-def _is_dtensor(parameter: torch.Tensor) -> bool:
-    return hasattr(parameter, "device_mesh")

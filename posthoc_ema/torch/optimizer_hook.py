@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict, Unpack
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from posthoc_ema.errors import ConfigError, TrackingError
 from posthoc_ema.torch.sharding import check_can_be_tracked
 from posthoc_ema.torch.stepping import follow, parameters_of
 from posthoc_ema.torch.tracker import Tracker
+from posthoc_ema.torch.wrapped_steps import is_optimizer, stepping_parts
 
 
 class TrackerOptions(TypedDict, total=False):
@@ -52,6 +53,13 @@ def track(
     that wraps another, compiled. One that a GradScaler makes do nothing does not count. With several
     optimizers an iteration counts once, when all of them have stepped.
 
+    With clock="images", the samples that `advance` was told for a step that a GradScaler skips are not lost:
+    they go to the next step that counts. With `samples_per_step` a skipped step adds none.
+
+    Pass the outermost optimizer. One whose `step` PyTorch puts no hooks around (a Lookahead that does not
+    call `super().__init__()`, schedulefree's `ScheduleFreeWrapper`, what accelerate prepares) is followed
+    by wrapping `step` on the object; it counts when an optimizer inside has stepped.
+
     Args:
         optimizer: the optimizer that trains the model, or all of them if there are several; hooks
             before and after their `step` are registered.
@@ -67,7 +75,8 @@ def track(
         hooks off again.
 
     Raises:
-        TrackingError: the optimizer trains a parameter that the model does not have.
+        TrackingError: the optimizer trains a parameter that the model does not have, or its `step`
+            cannot be followed: call Tracker.step() yourself after each step.
         ConfigError: no optimizer was given, or an option is wrong.
 
     Example:
@@ -80,11 +89,14 @@ def track(
         >>> tracker.time
         1
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    one = is_optimizer(optimizer) or not isinstance(optimizer, Iterable)
+    optimizers: list[Any] = [optimizer] if one else list(optimizer)  # type: ignore[arg-type]
     if not optimizers:
         raise ConfigError("track needs at least one optimizer, got an empty list.")
     for each in optimizers:
         check_can_be_tracked(model, each)
+        for part in stepping_parts(each):
+            check_can_be_tracked(model, part)
     owned = {id(parameter) for parameter in model.parameters()}
     trained = [p for each in optimizers for p in parameters_of(each)]
     foreign = [p for p in trained if id(p) not in owned]
@@ -94,6 +106,7 @@ def track(
             f"{type(model).__name__}. Pass the module whose parameters the optimizer was given."
         )
     tracker = Tracker(model, folder, every=every, **options)
-    iterations, tracker._detach = follow(optimizers, tracker.step)
+    report = None if options.get("on_error") == "raise" else tracker._report
+    iterations, tracker._detach = follow(optimizers, tracker.step, report)
     tracker._settle, tracker._discard = iterations.settle, iterations.discard
     return tracker

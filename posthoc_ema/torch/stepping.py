@@ -16,9 +16,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from posthoc_ema.torch.step_outcome import Outcome
+from posthoc_ema.torch.wrapped_steps import (
+    has_hooks,
+    refuse_hidden_step,
+    stepping_parts,
+    wrap_step,
+)
 
 PATIENCE = 100
 """Iterations after which an optimizer that does not step any more is not waited for."""
@@ -81,14 +90,6 @@ def outer_step(optimizer: Optimizer) -> Optimizer | None:
     return None
 
 
-def with_hooks(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, or the one inside a wrapper that has no hooks, as accelerate's."""
-    inner = getattr(optimizer, "optimizer", None)
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks") and isinstance(inner, Optimizer):
-        return with_hooks(inner)
-    return optimizer
-
-
 def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     """All parameters of an optimizer, in the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,42 +99,6 @@ def _share(first: Optimizer, second: Optimizer) -> bool:
     if first.param_groups is second.param_groups:
         return True
     return not {id(p) for p in parameters_of(first)}.isdisjoint(map(id, parameters_of(second)))
-
-
-class Outcome:
-    """Whether a step has moved the weights, which a GradScaler may leave to the device.
-
-    Fused optimizers are called with `found_inf` set, and do nothing where it is 1. On the CPU it is read at
-    once. A read on an accelerator would wait for all work before it, so the value is copied to pinned
-    memory, and looked at when the next step begins.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        found = getattr(optimizer, "found_inf", None)
-        self._value: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-        if not isinstance(found, torch.Tensor):
-            return
-        found = found.detach()
-        if found.is_cuda:
-            self._value = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True)
-            self._value.copy_(found, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(found.device))
-        else:
-            self._value = found.clone()
-
-    @property
-    def known(self) -> bool:
-        """Whether `moved` answers without waiting for a device."""
-        return self._copied is None
-
-    def moved(self) -> bool:
-        """Whether the weights were changed by the step."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
-        return self._value is None or not bool(self._value.any())
 
 
 class Iterations:
@@ -165,7 +130,7 @@ class Iterations:
         }
         self._learning = not self._expected
         self._missed: dict[int, int] = {}
-        self._stepped: dict[int, Outcome] = {}
+        self._stepped: dict[int, Sequence[Outcome]] = {}
         self._seen: dict[int, weakref.ref[Optimizer]] = {}
         self._joined = False
 
@@ -176,6 +141,8 @@ class Iterations:
 
     def replace(self, optimizer: Optimizer, outer: Optimizer) -> None:
         """Expect `outer` from now on instead of `optimizer`, whose steps run inside those of `outer`."""
+        if id(optimizer) not in self._expected:
+            return
         if self._first == id(optimizer):
             self._first = id(outer)
         self._expected = {
@@ -194,20 +161,25 @@ class Iterations:
         elif id(optimizer) in self._stepped or id(optimizer) == self._first:
             self._end()
 
-    def after(self, optimizer: Optimizer) -> None:
-        """To be called when an outermost step of `optimizer` has ended."""
+    def after(self, optimizer: Optimizer, outcomes: Sequence[Outcome] | None = None) -> None:
+        """To be called when an outermost step of `optimizer` has ended.
+
+        Args:
+            optimizer: the one that has stepped.
+            outcomes: those of the optimizers inside it, if it is they that move the weights.
+        """
         new = not self._learning and id(optimizer) not in self._expected
         # One that steps for the first time when all others have: most likely it ends the iteration that
         # was counted a moment ago. If it is the next one to step again, it makes iterations of its own.
         self._joined = new and not self._stepped
-        self._stepped[id(optimizer)] = Outcome(optimizer)
+        self._stepped[id(optimizer)] = [Outcome(optimizer)] if outcomes is None else outcomes
         self._seen[id(optimizer)] = weakref.ref(optimizer)
         if new:
             self._expected[id(optimizer)] = self._seen[id(optimizer)]
         if self._learning or self._joined or not self._expected.keys() <= self._stepped.keys():
             return
-        outcomes = self._stepped.values()
-        if all(o.known for o in outcomes) or any(o.known and o.moved() for o in outcomes):
+        every = [each for several in self._stepped.values() for each in several]
+        if all(o.known for o in every) or any(o.known and o.moved() for o in every):
             self._end()
 
     def settle(self) -> None:
@@ -225,7 +197,7 @@ class Iterations:
     def _end(self) -> None:
         stepped, self._stepped = self._stepped, {}
         self._joined = False
-        moved = any(outcome.moved() for outcome in stepped.values())
+        moved = any(each.moved() for several in stepped.values() for each in several)
         self._learn(stepped.keys())
         if moved:
             self._count()
@@ -246,44 +218,156 @@ class Iterations:
         self._seen.clear()
 
 
+class _Guard:
+    """Keeps errors of the bookkeeping away from training, and lets those of `count` through.
+
+    `count` has its own rule for which of its errors training is to see.
+    """
+
+    def __init__(
+        self, count: Callable[[], None], report: Callable[[Exception], None] | None
+    ) -> None:
+        self._count, self._report = count, report
+        self._counted: Exception | None = None
+        self._reported = False
+
+    def count(self) -> None:
+        try:
+            self._count()
+        except Exception as error:
+            self._counted = error
+            raise
+
+    def __call__(self, body: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            try:
+                body(*args)
+            except Exception as error:
+                of_count, self._counted = error is self._counted, None
+                if of_count or self._report is None:
+                    raise
+                if not self._reported:
+                    self._reported = True
+                    self._report(error)
+
+        # A compiled step calls it as it is: it looks at the stack, which is not to be traced.
+        return torch.compiler.disable(guarded)
+
+
 def follow(
-    optimizers: Sequence[Optimizer], count: Callable[[], None]
+    optimizers: Sequence[Optimizer],
+    count: Callable[[], None],
+    report: Callable[[Exception], None] | None = None,
 ) -> tuple[Iterations, Callable[[], None]]:
     """Call `count` after each iteration of these optimizers, by hooks on them.
 
+    Args:
+        optimizers: those that train; where PyTorch puts no hooks around the `step` of one (a wrapper around
+            others), its `step` is wrapped on the object.
+        count: called at the end of each iteration; what it raises goes to the training loop.
+        report: called, once, with an unexpected error of the bookkeeping, which then does not go to the
+            training loop; None: it does.
+
     Returns:
         (the iterations, a function that takes the hooks off again).
-    """
-    optimizers = [with_hooks(optimizer) for optimizer in optimizers]
-    iterations = Iterations(count, optimizers)
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    followed = {id(optimizer) for optimizer in optimizers}
 
+    Raises:
+        ConfigError: something else than an optimizer.
+        TrackingError: an optimizer without hooks, and without one inside that has them.
+    """
+    optimizers = list({id(each): each for each in optimizers}.values())
+    parts = [stepping_parts(each) for each in optimizers]
+    guard = _Guard(count, report)
+    iterations = Iterations(guard.count, optimizers)
+    undo: list[Callable[[], None]] = []
+    followed = {id(each) for each in optimizers}
+    for optimizer, inside in zip(optimizers, parts, strict=True):
+        if has_hooks(optimizer):
+            _follow_hooked(optimizer, followed, iterations, guard, undo)
+        else:
+            _follow_wrapper(optimizer, inside, iterations, guard, undo)
+
+    def detach() -> None:
+        for each in reversed(undo):
+            each()
+
+    return iterations, detach
+
+
+def _hook(
+    optimizer: Optimizer,
+    before: Callable[..., None],
+    after: Callable[..., None],
+    undo: list[Callable[[], None]],
+) -> None:
+    undo.append(optimizer.register_step_pre_hook(before).remove)
+    undo.append(optimizer.register_step_post_hook(after).remove)
+
+
+def _follow_hooked(
+    optimizer: Optimizer,
+    followed: set[int],
+    iterations: Iterations,
+    guard: _Guard,
+    undo: list[Callable[[], None]],
+) -> None:
     def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
         outer = outer_step(optimizer)
         if outer is None:
             iterations.before(optimizer)
-        elif id(outer) not in followed:
+        elif outer is not optimizer:
             # A wrapper that is an optimizer itself: its step ends when the weights are final.
             iterations.replace(optimizer, outer)
-            attach(outer)
+            if id(outer) not in followed:
+                followed.add(id(outer))
+                _hook(outer, before_step, after_step, undo)
 
     def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if outer_step(optimizer) is None:
             iterations.after(optimizer)
 
-    # A compiled step calls them as they are: they look at the stack, which is not to be traced.
-    before_step, after_step = torch.compiler.disable(before), torch.compiler.disable(after)
+    before_step, after_step = guard(before), guard(after)
+    _hook(optimizer, before_step, after_step, undo)
 
-    def attach(optimizer: Optimizer) -> None:
-        followed.add(id(optimizer))
-        handles.append(optimizer.register_step_pre_hook(before_step))
-        handles.append(optimizer.register_step_post_hook(after_step))
 
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
+def _follow_wrapper(
+    wrapper: Optimizer,
+    inside: Sequence[Optimizer],
+    iterations: Iterations,
+    guard: _Guard,
+    undo: list[Callable[[], None]],
+) -> None:
+    running = False
+    outcomes: list[Outcome] = []
 
-    for optimizer in optimizers:
-        attach(optimizer)
-    return iterations, detach
+    def begin() -> None:
+        nonlocal running
+        running = True
+        outcomes.clear()
+        iterations.before(wrapper)
+
+    def end(done: bool) -> None:
+        nonlocal running
+        running = False
+        if done and outcomes:
+            iterations.after(wrapper, list(outcomes))
+
+    def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if not running and outer_step(optimizer) is None:
+            iterations.before(wrapper)
+
+    def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        outer = outer_step(optimizer)
+        if outer is optimizer:  # nested in its own step, or only makes its state
+            return
+        if running:
+            # A GradScaler takes found_inf off the optimizer again before the wrapper's step is done.
+            outcomes.append(Outcome(optimizer))
+        elif outer is None:
+            refuse_hidden_step(wrapper)
+            iterations.after(wrapper, [Outcome(optimizer)])
+
+    before_step, after_step = guard(before), guard(after)
+    for optimizer in inside:
+        _hook(optimizer, before_step, after_step, undo)
+    undo.append(wrap_step(wrapper, guard(begin), guard(end)))

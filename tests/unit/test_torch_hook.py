@@ -8,6 +8,7 @@ from torch import nn
 
 from posthoc_ema import SnapshotStore, TrackingError
 from posthoc_ema.torch import Tracker, track
+from posthoc_ema.torch.step_outcome import Outcome
 
 from .torch_models import Network, Scalar, train
 
@@ -89,7 +90,7 @@ def test_error_in_the_hook_does_not_reach_the_training_loop(tmp_path, caplog):
     model, optimizer = make()
     with track(optimizer, model, tmp_path, every=2) as tracker:
         train(model, optimizer, 2)
-        model.gain.requires_grad_(False)
+        model.extra = nn.Linear(1, 1)
         with caplog.at_level(logging.ERROR, logger="posthoc_ema"):
             train(model, optimizer, 4)
     assert len(caplog.records) == 1
@@ -101,6 +102,65 @@ def test_error_in_the_hook_is_raised_when_asked(tmp_path):
     model, optimizer = make()
     with track(optimizer, model, tmp_path, every=2, on_error="raise"):
         train(model, optimizer, 2)
-        model.gain.requires_grad_(False)
-        with pytest.raises(TrackingError, match="'gain' was float32"):
+        model.extra = nn.Linear(1, 1)
+        with pytest.raises(TrackingError, match="the model changed while it was tracked"):
             train(model, optimizer, 4)
+
+
+def _out_of_memory(self, optimizer):
+    raise RuntimeError("no room for a copy")
+
+
+def test_an_error_of_the_hook_itself_stops_tracking_and_not_training(tmp_path, caplog, monkeypatch):
+    model, optimizer = make()
+    with track(optimizer, model, tmp_path, every=2) as tracker:
+        train(model, optimizer, 2)
+        monkeypatch.setattr(Outcome, "__init__", _out_of_memory)
+        before = model.gain.detach().clone()
+        with caplog.at_level(logging.ERROR, logger="posthoc_ema"):
+            train(model, optimizer, 3)
+        assert not torch.equal(before, model.gain)
+        assert tracker.stopped
+        assert tracker.failure == "no room for a copy"
+    assert len(caplog.records) == 1
+    assert tracker.time == 2
+
+
+def test_an_error_of_the_hook_itself_is_raised_when_asked(tmp_path, monkeypatch):
+    model, optimizer = make()
+    with track(optimizer, model, tmp_path, every=2, on_error="raise"):
+        monkeypatch.setattr(Outcome, "__init__", _out_of_memory)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no room for a copy"):
+                train(model, optimizer, 1)
+
+
+def test_an_iteration_that_was_open_when_a_state_is_loaded_does_not_count(tmp_path):
+    model = Network()
+    first = torch.optim.SGD(model.embed.parameters(), lr=0.1)
+    second = torch.optim.SGD(model.module.parameters(), lr=0.1)
+    with track([first, second], model, tmp_path, every=None, on_error="raise") as tracker:
+        first.step()
+        second.step()
+        state = tracker.state_dict()
+        first.step()
+        tracker.load_state_dict(state)
+        first.step()
+        second.step()
+        assert tracker.time == 2
+
+
+def test_samples_of_a_step_that_a_scaler_skips_go_to_the_next_one(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with track(optimizer, model, tmp_path, every=None, clock="images") as tracker:
+        times = []
+        for samples, factor in ((10, 1.0), (20, float("inf")), (30, 1.0)):
+            tracker.advance(samples)
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            times.append(tracker.time)
+    assert times == [10, 10, 60]

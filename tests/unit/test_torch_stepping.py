@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from posthoc_ema.torch import stepping
+from posthoc_ema.torch.step_outcome import Outcome
 from posthoc_ema.torch.stepping import Iterations, follow, outer_step, running_steps
 
 
@@ -290,7 +291,7 @@ def test_a_step_that_a_scaler_skips_does_not_count(fused):
     assert len(events) == 2
 
 
-class _OnItsWay(stepping.Outcome):
+class _OnItsWay(Outcome):
     """What a fused optimizer on an accelerator leaves: an answer that is not there yet."""
 
     def __init__(self, optimizer):
@@ -304,6 +305,20 @@ class _OnItsWay(stepping.Outcome):
     def moved(self):
         self.waited = True
         return super().moved()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_answer_is_copied_to_the_host_whatever_the_default_device():
+    optimizer = Adam(model().cuda().parameters(), fused=True)
+    torch.set_default_device("cuda")
+    try:
+        for found in (0.0, 1.0):
+            optimizer.found_inf = torch.tensor(found)
+            outcome = Outcome(optimizer)
+            assert not outcome.known
+            assert outcome.moved() == (found == 0)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_an_answer_that_is_on_its_way_is_looked_at_when_the_next_step_begins(monkeypatch):
@@ -360,3 +375,77 @@ def test_the_stack_tells_which_optimizers_are_stepping():
     assert seen[0] == [optimizer, outer]
     assert all(each is outer for each in seen[1:])
     assert running_steps(sys._getframe()) == []
+
+
+@pytest.mark.parametrize("given", ["inner", "both"])
+def test_two_optimizers_inside_one_count_once(given):
+    net = model()
+    parts = [SGD(net[0].parameters(), lr=0.1), SGD(net[1].parameters(), lr=0.1)]
+
+    class Joined(torch.optim.Optimizer):
+        def __init__(self):
+            super().__init__(net.parameters(), {})
+
+        def step(self, closure=None):
+            for part in parts:
+                part.step()
+
+    outer = Joined()
+    events, iterations, _ = followed(net, *parts, *([outer] if given == "both" else []))
+    for number in range(3):
+        backward(net)
+        outer.step()
+        assert (len(events), iterations.open) == (number + 1, False)
+
+
+def test_an_optimizer_given_twice_counts_once():
+    net = model()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    events, _, _ = followed(net, optimizer, optimizer)
+    for _ in range(2):
+        optimizer.step()
+    assert len(events) == 2
+
+
+def test_an_error_of_the_bookkeeping_is_reported_once_and_training_goes_on(monkeypatch):
+    net = model()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    reported = []
+    follow([optimizer], Events(net), reported.append)
+
+    def broken(self, optimizer):
+        raise RuntimeError("no room for a copy")
+
+    monkeypatch.setattr(Outcome, "__init__", broken)
+    backward(net)
+    for _ in range(3):
+        before = net[0].weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(before, net[0].weight)
+    assert [str(error) for error in reported] == ["no room for a copy"]
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_an_error_of_what_is_called_reaches_training(reports):
+    def count():
+        raise RuntimeError("the step was refused")
+
+    net = model()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    reported = []
+    follow([optimizer], count, reported.append if reports else None)
+    with pytest.raises(RuntimeError, match="the step was refused"):
+        optimizer.step()
+    assert reported == []
+
+
+def test_an_error_of_the_bookkeeping_is_raised_without_a_report(monkeypatch):
+    def broken(self, optimizer):
+        raise RuntimeError("no room for a copy")
+
+    net = model()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    follow([optimizer], Events(net))
+    monkeypatch.setattr(Outcome, "__init__", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        optimizer.step()

@@ -24,16 +24,28 @@ def end_lines(options: dict[str, Any], events: str) -> list[str]:
     seen = _read(events)
     reports = list(seen["report"].values())
     by_default = options.get("every") is None
+    problems = list(dict.fromkeys(seen["problem"].values()))
     lines = [_line(report, by_default) for report in reports] or [_why_nothing(seen)]
+    if reports:
+        lines = _with_problems(lines, problems)
     if options.get("report"):
-        lines += _write(options["report"], reports, lines)
+        content = {"tracked": reports, "problems": problems, "lines": lines}
+        lines += _write(options["report"], content)
     return lines
+
+
+def _with_problems(lines: list[str], problems: list[str]) -> list[str]:
+    """What went wrong stands behind what was tracked; of several models, on lines of its own."""
+    new = [problem for problem in problems if not any(problem in line for line in lines)]
+    if len(lines) == 1:
+        return ["; ".join([*lines, *new])]
+    return [*lines, *new]
 
 
 def _read(events: str) -> dict[str, dict[Any, Any]]:
     """Events by kind: process or folder -> what it said last."""
     seen: dict[str, dict[Any, Any]] = {
-        kind: {} for kind in ("python", "torch", "missing", "report", "problem")
+        kind: {} for kind in ("python", "torch", "missing", "report", "problem", "replica")
     }
     try:
         with open(events, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
@@ -52,6 +64,8 @@ def _read(events: str) -> dict[str, dict[Any, Any]]:
                 continue
             # A process that died on the way has said what it had reached at its last snapshot.
             seen[kind][pid, report["folder"]] = report
+        elif kind == "problem":
+            seen[kind][pid, text] = text
         elif kind in seen:
             seen[kind][pid] = text
     return seen
@@ -86,7 +100,12 @@ def _place(folder: str) -> str:
 
 def _why_nothing(seen: dict[str, dict[Any, Any]]) -> str:
     if seen["problem"]:
-        return f"nothing was tracked: {next(iter(seen['problem'].values()))}"
+        return f"nothing was tracked: {' '.join(dict.fromkeys(seen['problem'].values()))}"
+    if seen["replica"]:
+        return (
+            f"nothing was tracked here: {next(iter(seen['replica'].values()))}. If each rank is a "
+            "training of its own, unset RANK and WORLD_SIZE."
+        )
     if seen["missing"]:
         python, _, why = next(iter(seen["missing"].values())).partition("\t")
         return (
@@ -105,12 +124,12 @@ def _why_nothing(seen: dict[str, dict[Any, Any]]) -> str:
     return f"nothing was tracked: no optimizer took a step in {processes} of the command."
 
 
-def _write(path: str, reports: list[dict[str, Any]], lines: list[str]) -> list[str]:
+def _write(path: str, content: dict[str, Any]) -> list[str]:
     import json
 
     try:
         with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump({"tracked": reports, "lines": lines}, file, indent=1)
+            json.dump(content, file, indent=1)
             file.write("\n")
     except OSError as error:
         return [f"--report {path}: {error.strerror}. The report was not written."]

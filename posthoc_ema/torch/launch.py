@@ -8,11 +8,12 @@ were, the tracker is made and the first iteration counted. From then on each ite
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,21 @@ class _Pool:
         else:
             self._scan.watch(parameters)
 
-    def models(self, pattern: str | None) -> dict[int, nn.Module]:
-        """Which module each optimizer trains, by the optimizer's id; the first trained come first."""
+    def models(self, pattern: str | None) -> dict[int, list[nn.Module]]:
+        """Which modules each optimizer trains, by the optimizer's id; the first trained come first."""
         assert self._scan is not None  # a pool is asked after a step only
-        found: dict[int, nn.Module] = {}
-        owned: dict[int, nn.Module] = {}
+        found: dict[int, list[nn.Module]] = {}
+        owner: dict[int, nn.Module] = {}
         for key, optimizer in self.optimizers.items():
-            left = parameters_of(optimizer)
-            while rest := [p for p in left if id(p) not in owned]:
+            parameters = parameters_of(optimizer)
+            while rest := [p for p in parameters if id(p) not in owner]:
                 module = self._scan.find(rest, pattern)
                 if module is None:
                     break
-                owned |= {id(p): module for p in module.parameters()}
-                found.setdefault(key, module)
-                left = rest
-            known = [owned[id(p)] for p in parameters_of(optimizer) if id(p) in owned]
-            if known:
-                found[key] = known[0]
+                for parameter in module.parameters():
+                    owner.setdefault(id(parameter), module)
+            known = [owner[id(p)] for p in parameters if id(p) in owner]
+            found[key] = list({id(module): module for module in known}.values())
         self._scan.close()
         return found
 
@@ -107,12 +106,17 @@ class Launch:
         self._options = options
         self._note = note
         self._process = os.getpid()
-        self._off = False
+        self._several = "{model}" in options["out"]
+        self._off = False  # nothing that is not tracked yet will be
+        self._told: Exception | None = None
         self._runs: list[TrackedRun] = []
+        self._failed: list[TrackedRun] = []
+        self._names: list[str] = []  # of all that have been tracked in this process
+        self._mentioned: set[str] = set()  # what is trained too, as it was said
         self._passed_over: list[str] = []  # classes that --model does not match
         self._marks: dict[int, Mark] = {}
-        # None: trained, but not tracked. The references tell whether an id is still the same optimizer.
-        self._owners: dict[int, tuple[weakref.ref[Optimizer], TrackedRun | None]] = {}
+        # The references tell whether an id is still the same optimizer; no runs: trained, but not tracked.
+        self._owners: dict[int, tuple[weakref.ref[Optimizer], tuple[TrackedRun, ...]]] = {}
         self._pool = _Pool(self._decide)
         self._ending = Ending(self._runs, self._finish)
 
@@ -130,27 +134,55 @@ class Launch:
 
     def _guarded(self, hook: Callable[[Optimizer], None], optimizer: Optimizer) -> None:
         # A forked child has the parent's tracker in its memory, and must not write to its store.
-        if self._off or os.getpid() != self._process:
+        if (self._off and not self._runs) or os.getpid() != self._process:
             return
         try:
             hook(optimizer)
         except Exception as error:
-            self._fail(error)
+            if error is not self._told:
+                self._off = True
+                self._tell(error)
             if self._options["on_error"] == "raise":
                 raise
+        finally:
+            self._told = None  # its traceback holds models
 
-    def _fail(self, error: Exception) -> None:
-        self._off = True
-        self._note("problem", " ".join(str(error).split()) or type(error).__name__)
-        _log.error("%s. Training goes on, untracked.", str(error).rstrip("."), exc_info=error)
+    def _tell(self, error: Exception, name: str = "") -> None:
+        """Say what went wrong, and with which of several models."""
+        self._told = error
+        text = " ".join(str(error).split()) or type(error).__name__
+        if name and self._several:
+            text = f"{name}: {text}"
+        self._note("problem", text)
+        _log.error("%s. Training goes on, untracked.", text.rstrip("."), exc_info=error)
+
+    def _each(self, runs: Iterable[TrackedRun], action: Callable[[TrackedRun], None]) -> None:
+        """Do something for each run; an error of one ends that one, and leaves the others going."""
+        first: Exception | None = None
+        for run in runs:
+            if run in self._failed:
+                continue
+            try:
+                action(run)
+            except Exception as error:
+                self._failed.append(run)
+                self._tell(error, run.name)
+                run.finish(store=False)
+                first = first or error
+        self._raise_if_asked(first)
+
+    def _raise_if_asked(self, error: Exception | None) -> None:
+        if error is not None and self._options["on_error"] == "raise":
+            self._told = error
+            raise error
 
     def _before(self, optimizer: Optimizer) -> None:
         if outer_step(optimizer) is not None:
             return
-        known, run = self._owner(optimizer)
-        if run is not None:
-            run.iterations.before(optimizer)
-        elif not known:
+        runs = self._runs_of(optimizer)
+        if runs is not None:
+            self._each(runs, lambda run: run.iterations.before(optimizer))
+        elif not self._off:
             if id(optimizer) not in self._marks:
                 self._marks[id(optimizer)] = mark_of(optimizer)
             self._pool.iterations.before(optimizer)
@@ -158,10 +190,10 @@ class Launch:
     def _after(self, optimizer: Optimizer) -> None:
         if outer_step(optimizer) is not None:
             return
-        known, run = self._owner(optimizer)
-        if run is not None:
-            run.iterations.after(optimizer)
-        elif not known:
+        runs = self._runs_of(optimizer)
+        if runs is not None:
+            self._each(runs, lambda run: run.iterations.after(optimizer))
+        elif not self._off:
             if id(optimizer) not in self._pool.optimizers:
                 optimizer.register_state_dict_pre_hook(self._before_checkpoint)
             self._pool.add(optimizer)
@@ -172,81 +204,132 @@ class Launch:
         if id(optimizer) in self._pool.optimizers:
             self._guarded(lambda _: self._pool.iterations.settle(), optimizer)
 
-    def _owner(self, optimizer: Optimizer) -> tuple[bool, TrackedRun | None]:
-        """(whether it is decided what becomes of this optimizer's steps, the run that they count for)."""
+    def _runs_of(self, optimizer: Optimizer) -> tuple[TrackedRun, ...] | None:
+        """The runs that this optimizer's steps count for; None if it is not decided yet."""
         entry = self._owners.get(id(optimizer))
         if entry is not None and entry[0]() is optimizer:
-            return True, entry[1]
+            return entry[1]
         if id(optimizer) in self._pool.optimizers:
-            return False, None
-        for run in self._runs:  # a further optimizer of a model that is tracked
-            if run.trains(optimizer):
-                self._own(optimizer, run)
-                return True, run
-        return False, None
+            return None
+        # A further optimizer of what is tracked.
+        runs = tuple(run for run in self._runs if run.trains(optimizer))
+        if not runs:
+            return None
+        self._own(optimizer, runs)
+        return runs
 
-    def _own(self, optimizer: Optimizer, run: TrackedRun | None) -> None:
-        self._owners[id(optimizer)] = (weakref.ref(optimizer), run)
-        if run is not None:
-            run.add(optimizer)
+    def _own(self, optimizer: Optimizer, runs: Iterable[TrackedRun]) -> None:
+        self._owners[id(optimizer)] = (weakref.ref(optimizer), tuple(runs))
+        self._each(runs, lambda run: run.add(optimizer))
 
     # ---- the first iteration is over
 
     def _decide(self) -> None:
         """Make the trackers of what the optimizers of the pool train, and count their first iteration."""
         pool, self._pool = self._pool, _Pool(self._decide)
-        if _is_replica(pool.optimizers.values()) and not self._options["shard_averages"]:
+        marks, self._marks = self._marks, {}
+        replica = _other_rank(pool.optimizers.values())
+        if replica and not self._options["shard_averages"]:
             self._off = True
+            self._note("replica", replica)
             return
+        self._end_dropped()
         models = pool.models(self._options["model"])
-        chosen = self._choose(list({id(m): m for m in models.values()}.values()))
-        for module in chosen:
-            optimizers = [pool.optimizers[key] for key, m in models.items() if m is module]
-            run = self._begin(module, optimizers)
-            for optimizer in optimizers:
-                self._own(optimizer, run)
-            run.count()
-            run.report()
-        for optimizer in pool.optimizers.values():
-            if id(optimizer) not in self._owners:
-                self._own(optimizer, None)
-        for optimizer in pool.optimizers.values():
-            self._marks.pop(id(optimizer), None)
+        modules = {id(m): m for found in models.values() for m in found}
+        first: Exception | None = None
+        begun: dict[int, TrackedRun] = {}
+        for module in self._choose(list(modules.values())):
+            trained_by = [
+                optimizer
+                for key, optimizer in pool.optimizers.items()
+                if any(m is module for m in models[key])
+            ]
+            name = self._new_name(module)
+            try:
+                begun[id(module)] = self._begin(name, module, trained_by, marks)
+            except Exception as error:
+                self._off |= not self._several
+                self._tell(error, name)
+                first = first or error
+        for key, optimizer in pool.optimizers.items():
+            self._own(optimizer, [begun[id(m)] for m in models[key] if id(m) in begun])
+        self._each(begun.values(), _count_first)
+        self._raise_if_asked(first)
+
+    def _end_dropped(self) -> None:
+        """Finish the runs whose optimizers the script has dropped, and free their memory."""
+        self._owners = {key: e for key, e in self._owners.items() if e[0]() is not None}
+        trained = [run for _, runs in self._owners.values() for run in runs]
+        over = [run for run in self._runs if run not in trained]
+        if not over:
+            return
+        self._each(over, lambda run: run.finish(store=True))
+        self._runs[:] = [run for run in self._runs if run not in over]
+        self._failed = [run for run in self._failed if run not in over]
+        over.clear()
+        trained.clear()
+        gc.collect()  # a tracker's parts refer to each other
 
     def _choose(self, modules: list[nn.Module]) -> list[nn.Module]:
         if not modules:
-            if self._runs:
+            if self._names:
                 return []
             raise TrackingError(
                 "the optimizer's parameters belong to no module that could be found. Call "
                 "posthoc_ema.torch.track(optimizer, model, folder) in the script."
             )
-        pattern, several = self._options["model"], "{model}" in self._options["out"]
+        pattern = self._options["model"]
         fitting = [m for m in modules if pattern is None or _matches(pattern, m)]
-        if not fitting and not self._runs:
-            self._passed_over += [class_name(m) for m in modules]
-            _log.warning("%s", self._nothing_fits("trained so far"))
-        chosen = fitting if several else [] if self._runs else fitting[:1]
+        if not fitting and not self._names:
+            new = [class_name(m) for m in modules if class_name(m) not in self._passed_over]
+            if new:
+                self._passed_over += new
+                _log.warning("%s", self._nothing_fits("trained so far"))
+        chosen = fitting if self._several else [] if self._names else fitting[:1]
         others = [class_name(m) for m in fitting if not any(m is c for c in chosen)]
-        if others:
-            tracked = ", ".join([*(r.name for r in self._runs), *map(class_name, chosen)])
-            _log.warning(
-                "tracking %s; %s is trained too and not tracked: --model REGEX chooses, and {model} in "
-                "--out tracks each.",
-                tracked,
-                ", ".join(others),
-            )
+        self._mention([*self._names, *map(class_name, chosen)], others)
         return chosen
+
+    def _mention(self, tracked: list[str], others: list[str]) -> None:
+        """Say once what is trained and not tracked."""
+        words = {name: f"a second {name}" if name in tracked else name for name in others}
+        new = [words[name] for name in words if words[name] not in self._mentioned]
+        if not new:
+            return
+        self._mentioned.update(new)
+        _log.warning(
+            "tracking %s; %s %s trained too and not tracked: --model REGEX chooses, and {model} in "
+            "--out tracks each.",
+            ", ".join(tracked),
+            ", ".join(new),
+            "is" if len(new) == 1 else "are",
+        )
 
     def _nothing_fits(self, trained: str) -> str:
         names = ", ".join(dict.fromkeys(self._passed_over))
         return f"--model {self._options['model']} matches no class of what is {trained}: {names}."
 
-    def _begin(self, module: nn.Module, optimizers: list[Optimizer]) -> TrackedRun:
-        name = class_name(module)
+    def _new_name(self, module: nn.Module) -> str:
+        """Name of the class, numbered if there has been one: Net, Net-2, Net-3."""
+        name = own = class_name(module)
+        number = 1
+        while name in self._names:
+            number += 1
+            name = f"{own}-{number}"
+        self._names.append(name)
+        return name
+
+    def _begin(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizers: list[Optimizer],
+        marks: Mapping[int, Mark],
+    ) -> TrackedRun:
         folder = Path(self._options["out"].replace("{model}", name))
-        mark = self._marks[id(optimizers[0])]
+        mark = marks[id(optimizers[0])]
         run = TrackedRun(module, optimizers, folder, mark, self._options, self._note)
+        run.name = name
         self._runs.append(run)
         self._ending.install()
         return run
@@ -254,14 +337,20 @@ class Launch:
     def _finish(self) -> None:
         """The process ends: count what is open, store the last averages."""
         try:
-            if not self._runs and not self._off:
+            if not self._off and (self._several or not self._names):
                 self._pool.iterations.settle()  # a single step
         except Exception as error:
-            self._fail(error)
-        if self._passed_over and not self._runs:
+            if error is not self._told:
+                self._tell(error)
+        if self._passed_over and not self._names:
             self._note("problem", self._nothing_fits("trained"))
         for run in self._runs:
-            run.finish(store=not self._off)
+            run.finish(store=run not in self._failed)
+
+
+def _count_first(run: TrackedRun) -> None:
+    run.count()
+    run.report()
 
 
 def _matches(pattern: str, module: nn.Module) -> bool:
@@ -270,10 +359,17 @@ def _matches(pattern: str, module: nn.Module) -> bool:
     return re.search(pattern, class_name(module)) is not None
 
 
-def _is_replica(optimizers: Any) -> bool:
-    """Whether another process has the same weights, and tracks them."""
+def _other_rank(optimizers: Iterable[Optimizer]) -> str:
+    """Which replica this process is, if another one has the same weights and tracks them; else empty."""
     if any(hasattr(p, "device_mesh") for o in optimizers for p in parameters_of(o)):
-        return False
+        return ""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() > 0
-    return os.environ.get("RANK", "0") not in ("", "0")
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    else:  # RANK alone says nothing: job arrays number independent trainings by it
+        rank, ranks = _whole("RANK"), _whole("WORLD_SIZE")
+    return f"rank {rank} of {ranks}: rank 0 tracks" if rank > 0 and ranks > 1 else ""
+
+
+def _whole(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0

@@ -37,14 +37,14 @@ class Mark:
 
 def mark_of(optimizer: Optimizer) -> Mark:
     """The mark of an optimizer as of now; waits for its device."""
-    return Mark(_counter(optimizer), _fingerprint(parameters_of(optimizer)))
+    return Mark(counter_of(optimizer), _fingerprint(parameters_of(optimizer)))
 
 
 def _spread(items: Sequence[Any], most: int) -> Sequence[Any]:
     return items[:: -(-len(items) // most)] if items else items
 
 
-def _counter(optimizer: Optimizer) -> int | None:
+def counter_of(optimizer: Optimizer) -> int | None:
     """The optimizer's own count: "step" of a parameter's state, or of a group ("k": schedule-free)."""
     trained = [p for p in parameters_of(optimizer) if "step" in optimizer.state.get(p, {})]
     counts = [optimizer.state[p]["step"] for p in _spread(trained, 8)]
@@ -83,10 +83,12 @@ class Continuation:
     Attributes:
         saved: the state.
         gap: optimizer steps that were made since without being tracked.
+        exact: whether the weights are those of the state, as far as can be seen.
     """
 
     saved: SavedState
-    gap: int
+    gap: int = 0
+    exact: bool = True
 
 
 def is_empty(folder: Path) -> bool:
@@ -94,31 +96,46 @@ def is_empty(folder: Path) -> bool:
     return not SnapshotStore.open(folder).times and not saved_states(folder / STATE_FOLDER)
 
 
+def exact_state(folder: Path, mark: Mark) -> SavedState | None:
+    """The newest saved state of a store that belongs to a run that stands at `mark`; None without one."""
+    exact = [state for state in _readable_states(folder) if _fits(_mark_in(state), mark)]
+    # The same weights at several times (a learning rate of 0): the counter decides.
+    same = [state for state in exact if _mark_in(state).counter == mark.counter]
+    fitting = same or exact
+    return fitting[-1] if fitting else None
+
+
 def find_state(folder: Path, mark: Mark, nearest: bool) -> Continuation:
-    """The saved state of a store that belongs to a run that stands at `mark`.
+    """The saved state of a store that a run that stands at `mark` continues from.
 
     Args:
         folder: of the store.
         mark: of the optimizer before its first step in this process.
-        nearest: take the newest state that is not later, if none belongs exactly.
+        nearest: take the newest state that is not later, if none belongs exactly; the optimizer's own
+            count of steps tells which that is, and how many steps were not tracked.
 
     Raises:
         TrackingError: none fits; the message names what is there, what was found, and the choices.
     """
-    states = [state for state in saved_states(folder / STATE_FOLDER) if _is_readable(state)]
-    exact = [state for state in states if _fits(_mark_in(state), mark)]
-    if exact:
-        # The same weights at several times (a learning rate of 0): the counter decides.
-        same = [state for state in exact if _mark_in(state).counter == mark.counter]
-        return Continuation((same or exact)[-1], 0)
-    if nearest:
-        counts = any(_mark_in(state).counter is not None for state in states)
-        now = mark.counter if mark.counter is not None or not counts else 0
-        earlier = [s for s in states if now is None or (_mark_in(s).counter or 0) <= now]
+    exact = exact_state(folder, mark)
+    if exact is not None:
+        return Continuation(exact)
+    states = _readable_states(folder)
+    if nearest and mark.counter is not None:
+        counted = [(state, _mark_in(state).counter) for state in states]
+        earlier = [(s, mark.counter - c) for s, c in counted if c is not None and c <= mark.counter]
         if earlier:
-            then = _mark_in(earlier[-1]).counter
-            return Continuation(earlier[-1], now - then if now and then is not None else 0)
+            return Continuation(*earlier[-1], exact=False)
     raise TrackingError(_mismatch(folder, states, mark, nearest))
+
+
+def times_of(states: Sequence[SavedState]) -> str:
+    """Where one can continue: by the optimizer's count of steps, or by time if it does not count."""
+    return ", ".join(str(_mark_in(s).counter or s.time) for s in states) or "none"
+
+
+def _readable_states(folder: Path) -> list[SavedState]:
+    return [state for state in saved_states(folder / STATE_FOLDER) if _is_readable(state)]
 
 
 def _is_readable(state: SavedState) -> bool:
@@ -136,14 +153,42 @@ def _fits(saved: Mark, now: Mark) -> bool:
 
 def _mismatch(folder: Path, states: Sequence[SavedState], mark: Mark, nearest: bool) -> str:
     reached = max(SnapshotStore.open(folder).times, default=0)
-    times = ", ".join(str(_mark_in(s).counter or s.time) for s in states) or "none"
-    now = "its beginning" if not mark.counter else f"step {mark.counter} of the optimizer"
-    same = any(_mark_in(s).counter == mark.counter and mark.counter for s in states)
-    weights = ", with other weights" if same else ""
-    later = " (none of them is earlier)" if nearest else ""
+    later = " (none of them is earlier)" if nearest and mark.counter else ""
     return (
         f"{folder} holds the snapshots of a run up to {reached}, with states to continue from at "
-        f"{times}{later}; this one starts at {now}{weights}. Let the script load a checkpoint of one of "
-        "those steps, or choose: --resume nearest continues from the newest that is not later, "
+        f"{times_of(states)}{later}; this one starts at {_place(states, mark)}. Let the script load a "
+        f"checkpoint of one of those steps{_advice(states, mark)}, or choose: {_nearest(mark)}"
         "--restart discards the snapshots, another --out keeps them."
     )
+
+
+def _place(states: Sequence[SavedState], mark: Mark) -> str:
+    if mark.counter:
+        same = any(_mark_in(state).counter == mark.counter for state in states)
+        return f"step {mark.counter} of the optimizer" + ", with other weights" * same
+    if _counts(states):
+        return (
+            "its beginning, or from weights alone: the optimizer is new (no steps made), and the weights "
+            "belong to no saved state"
+        )
+    return "weights that belong to no saved state, and its optimizer does not count steps"
+
+
+def _advice(states: Sequence[SavedState], mark: Mark) -> str:
+    if mark.counter:
+        return ""
+    if _counts(states):
+        return ", with the state of its optimizer (save that as well: optimizer.state_dict())"
+    return ", which is recognised by its weights if it saves optimizer.state_dict() as well"
+
+
+def _nearest(mark: Mark) -> str:
+    if mark.counter:
+        return "--resume nearest continues from the newest that is not later, "
+    return (
+        "--resume nearest goes by the steps that the optimizer has counted, and finds none here, "
+    )
+
+
+def _counts(states: Sequence[SavedState]) -> bool:
+    return not states or any(_mark_in(state).counter is not None for state in states)

@@ -172,3 +172,175 @@ def test_a_write_through_data_is_seen_and_a_look_is_not(dtype):
     assert not weights.unchanged()
     weights.remember(optimizer)
     assert weights.unchanged()
+
+
+# ---- training that is put back within one process
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_a_search_that_is_undone_leaves_no_trace(process, said, kind):
+    """A learning rate finder trains, and puts everything back to the beginning."""
+    started, training = process(), Training(kind)
+    beginning = training.checkpoint()
+    training.steps(25)
+    training.load(beginning)
+    training.steps(15)
+    started.end()
+    started.check(training.history)
+    assert said().count("starts again at the beginning") == 1
+    assert "at step 25 the script put its training back" in said()
+    assert (started.report()["steps"], started.report()["snapshots"]) == (15, 2)
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_a_search_with_an_optimizer_of_its_own_leaves_no_trace(process, said, kind):
+    started, training = process(), Training(kind)
+    beginning = training.checkpoint()
+    training.steps(25)
+    training.optimizer = training.new_optimizer()
+    training.net.load_state_dict(beginning[0])
+    training.history = []
+    training.steps(15)
+    started.end()
+    started.check(training.history)
+    assert said().count("starts again at the beginning") == 1
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_going_back_to_a_checkpoint_takes_the_averages_along(process, said, kind):
+    started, training = process(), Training(kind)
+    training.steps(12)
+    checkpoint = training.checkpoint()
+    training.steps(20)
+    training.load(checkpoint)
+    training.steps(11)
+    started.end()
+    started.check(training.history)
+    assert "at step 32 the script put its training back: tracking continues from step 12" in said()
+    assert pe.SnapshotStore.open(started.folder).times == [10, 20, 23]
+    assert started.report()["snapshots"] == 3
+
+
+@pytest.mark.parametrize("kind", [Adam, SGD])
+def test_loading_what_is_there_changes_nothing(process, said, kind):
+    started, training = process(), Training(kind)
+    training.steps(12)
+    training.load(training.checkpoint())
+    training.steps(3)
+    training.optimizer = training.new_optimizer()
+    training.steps(5)
+    started.end()
+    started.check(training.history)
+    assert said() == ""
+
+
+def test_an_unknown_state_stops_tracking_and_names_both_places(process, said):
+    started, training = process(), Training()
+    with torch.no_grad():
+        elsewhere = Training()
+        elsewhere.net[0].weight.add_(1)
+    elsewhere.kind = Adam
+    training.steps(12)
+    training.net.load_state_dict(elsewhere.net.state_dict())
+    training.optimizer.load_state_dict(training.new_optimizer().state_dict())
+    before = list(training.history)
+    training.steps(15)
+    started.end()
+    started.check(before)
+    message = (
+        "after 12 tracked steps the script put its training back to an optimizer that counts no"
+    )
+    assert said().count(message) == 1
+    assert message in started.report()["failure"]
+
+
+def test_going_back_while_an_iteration_is_open(process, said):
+    """Two optimizers, one of which has not stepped when the script goes back."""
+    started, training = process(), Training()
+    second = SGD(training.net[2].parameters(), lr=0.001)
+
+    def iterations(number):
+        for _ in range(number):
+            training.steps(1)
+            second.step()
+            training.history[-1] = copy.deepcopy(dict(training.net.named_parameters()))
+
+    iterations(12)
+    checkpoint = copy.deepcopy((training.checkpoint(), second.state_dict()))
+    iterations(5)
+    training.steps(1)
+    training.load(checkpoint[0])
+    second.load_state_dict(checkpoint[1])
+    iterations(4)
+    started.end()
+    for weights in training.history:
+        for name in weights:
+            weights[name] = weights[name].detach()
+    started.check(training.history)
+    assert "tracking continues from step 12" in said()
+
+
+# ---- continuing in another process
+
+
+def weights_only(training):
+    """What a script has that saves its weights alone."""
+    again = Training(training.kind)
+    again.net.load_state_dict(training.net.state_dict())
+    again.history = list(training.history)
+    return again
+
+
+def test_nearest_says_where_it_continues_and_how_large_the_gap_is(process, said):
+    first, training = process(), Training()
+    training.steps(10)
+    first.end()
+    training.steps(3)
+    again = process(resume="nearest")
+    training.steps(2)
+    again.end()
+    assert "continues from step 10; 3 steps of gap." in said()
+
+
+def test_nearest_does_not_continue_a_run_that_counts_no_steps_with_other_weights(process, said):
+    first, training = process(), Training(SGD)
+    training.steps(10)
+    first.end()
+    process(resume="nearest")
+    Training(SGD).steps(3)
+    assert "weights that belong to no saved state, and its optimizer does not count steps" in said()
+    assert "--resume nearest goes by the steps that the optimizer has counted" in said()
+
+
+@pytest.mark.parametrize("resume", ["exact", "nearest"])
+def test_a_new_optimizer_is_named_as_the_reason(process, said, resume):
+    first, training = process(), Training()
+    training.steps(12)
+    saved = weights_only(training)
+    training.steps(3)
+    first.end()
+    process(resume=resume)
+    saved.steps(3)
+    assert (
+        "the optimizer is new (no steps made), and the weights belong to no saved state" in said()
+    )
+    assert "save that as well: optimizer.state_dict()" in said()
+
+
+def test_weights_alone_are_enough_where_a_snapshot_was_stored(process):
+    first, training = process(), Training()
+    training.steps(15)
+    first.end()
+    saved = weights_only(training)
+    again = process()
+    saved.steps(3)
+    again.end()
+    again.check(saved.history)
+
+
+def test_a_process_that_is_killed_has_told_of_its_last_snapshot(process):
+    started, training = process(), Training()
+    training.steps(12)
+    started.launch._runs[0].tracker.flush()
+    training.steps(1)
+    assert started.report()["snapshots"] == 1

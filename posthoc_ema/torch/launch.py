@@ -31,6 +31,7 @@ from posthoc_ema.torch.stepping import Iterations, outer_step, parameters_of
 _log = logging.getLogger("posthoc_ema")
 ENVIRONMENT = "PHEMA_TRACK"
 Note = Callable[[str, str], None]
+_CHOICE = "--model REGEX chooses, and {model} in --out tracks each."
 
 
 class _OneLine(logging.Formatter):
@@ -81,15 +82,7 @@ class _Pool:
         found: dict[int, list[nn.Module]] = {}
         owner: dict[int, nn.Module] = {}
         for key, optimizer in self.optimizers.items():
-            parameters = parameters_of(optimizer)
-            while rest := [p for p in parameters if id(p) not in owner]:
-                module = self._scan.find(rest, pattern)
-                if module is None:
-                    break
-                for parameter in module.parameters():
-                    owner.setdefault(id(parameter), module)
-            known = [owner[id(p)] for p in parameters if id(p) in owner]
-            found[key] = list({id(module): module for module in known}.values())
+            found[key] = self._scan.find_all(parameters_of(optimizer), pattern, owner)
         self._scan.close()
         return found
 
@@ -216,7 +209,25 @@ class Launch:
         if not runs:
             return None
         self._own(optimizer, runs)
+        self._mention_the_rest(optimizer)
         return runs
+
+    def _mention_the_rest(self, optimizer: Optimizer) -> None:
+        """Say what else a further optimizer of a tracked model trains."""
+        tracked = {id(p) for run in self._runs for p in run._module.parameters()}
+        rest = [p for p in parameters_of(optimizer) if id(p) not in tracked]
+        if not rest:
+            return
+        scan, pattern = Scan(rest), self._options["model"]
+        others = scan.find_all(rest, pattern, {})
+        scan.close()
+        self._mention(
+            self._names,
+            [class_name(m) for m in others if pattern is None or _matches(pattern, m)],
+            "one optimizer trains both, and it came after tracking had begun."
+            if self._several
+            else _CHOICE,
+        )
 
     def _own(self, optimizer: Optimizer, runs: Iterable[TrackedRun]) -> None:
         self._owners[id(optimizer)] = (weakref.ref(optimizer), tuple(runs))
@@ -287,10 +298,10 @@ class Launch:
                 _log.warning("%s", self._nothing_fits("trained so far"))
         chosen = fitting if self._several else [] if self._names else fitting[:1]
         others = [class_name(m) for m in fitting if not any(m is c for c in chosen)]
-        self._mention([*self._names, *map(class_name, chosen)], others)
+        self._mention([*self._names, *map(class_name, chosen)], others, _CHOICE)
         return chosen
 
-    def _mention(self, tracked: list[str], others: list[str]) -> None:
+    def _mention(self, tracked: list[str], others: list[str], remark: str) -> None:
         """Say once what is trained and not tracked."""
         words = {name: f"a second {name}" if name in tracked else name for name in others}
         new = [words[name] for name in words if words[name] not in self._mentioned]
@@ -298,11 +309,11 @@ class Launch:
             return
         self._mentioned.update(new)
         _log.warning(
-            "tracking %s; %s %s trained too and not tracked: --model REGEX chooses, and {model} in "
-            "--out tracks each.",
+            "tracking %s; %s %s trained too and not tracked: %s",
             ", ".join(tracked),
             ", ".join(new),
             "is" if len(new) == 1 else "are",
+            remark,
         )
 
     def _nothing_fits(self, trained: str) -> str:

@@ -185,6 +185,28 @@ class Scan:
         best = max(owners, key=lambda o: (len(o.owned), -min(order[key] for key in o.owned)))
         return self._choose([owner.module for owner in owners if owner.owned == best.owned])
 
+    def find_all(
+        self,
+        parameters: Sequence[torch.Tensor],
+        pattern: str | None,
+        owner: dict[int, nn.Module],
+    ) -> list[nn.Module]:
+        """The modules that are trained through `parameters`, in the order of those.
+
+        Args:
+            parameters: what is trained, in the order of the optimizer.
+            pattern: as for `find`.
+            owner: id of a parameter -> its module, as far as it has been found; is added to.
+        """
+        while rest := [p for p in parameters if id(p) not in owner]:
+            module = self.find(rest, pattern)
+            if module is None:
+                break
+            for parameter in module.parameters():
+                owner.setdefault(id(parameter), module)
+        known = [owner[id(p)] for p in parameters if id(p) in owner]
+        return list({id(module): module for module in known}.values())
+
     def _choose(self, modules: list[nn.Module]) -> nn.Module:
         lightning = [module for module in modules if _is_lightning(module)]
         if lightning:

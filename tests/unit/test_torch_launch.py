@@ -497,6 +497,43 @@ def test_each_of_two_models_is_tracked_in_its_own_folder(process, tmp_path, crit
     assert SnapshotStore.open(tmp_path / "Generator").times == [2, 4]
 
 
+@pytest.mark.parametrize("out", ["s", "{model}"])
+def test_what_else_a_later_optimizer_of_the_model_trains_is_named_once(
+    process, tmp_path, caplog, out
+):
+    """An encoder that is trained alone first, then together with what follows it."""
+    started = process(tmp_path / out)
+    encoder, optimizer = make(kind=Generator)
+    train(encoder, optimizer, 3)
+    decoder = nn.Linear(1, 1)
+    both = Adam([*encoder.parameters(), *decoder.parameters()], lr=0.01)
+    train(encoder, both, 3, call=lambda x: decoder(encoder(x)), start=3)
+    started.end()
+    assert {n: r["steps"] for n, r in started.reports().items()} == {"Generator": 6}
+    (record,) = caplog.records
+    assert "tracking Generator; Linear is trained too and not tracked" in record.getMessage()
+    assert ("one optimizer trains both" in record.getMessage()) == (out == "{model}")
+
+
+def test_an_error_in_one_of_two_models_leaves_the_other_going(
+    process, tmp_path, caplog, monkeypatch
+):
+    started = process(tmp_path / "{model}", on_error="warn")
+    generator, g = make(kind=Generator)
+    discriminator, d = make(seed=1, kind=Discriminator)
+    for step in range(5):
+        if step == 3:
+            monkeypatch.setattr(started.runs[0].tracker, "step", lambda: 1 / 0)
+        train(discriminator, d, 1, start=step)
+        train(generator, g, 1, start=step)
+    started.end()
+    assert SnapshotStore.open(tmp_path / "Discriminator").times == [2]
+    assert SnapshotStore.open(tmp_path / "Generator").times == [2, 4, 5]
+    problems = [text for kind, text in started.events if kind == "problem"]
+    assert problems == ["Discriminator: division by zero"]
+    assert len(caplog.records) == 1
+
+
 # ---- resuming
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from posthoc_ema.errors import ConfigError, PhemaError
 from posthoc_ema.profiles import DEFAULT_SIGMA_RELS
-from posthoc_ema.torch.optimizer_hook import TrackerOptions
+from posthoc_ema.torch.optimizer_hook import TrackerOptions, attach
 from posthoc_ema.torch.resuming import refuse_taken
 from posthoc_ema.torch.sharding import is_sharded
-from posthoc_ema.torch.stepping import follow, parameters_of
+from posthoc_ema.torch.stepping import parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 if TYPE_CHECKING or (
@@ -113,8 +113,7 @@ class PostHocEMA(Callback):
             for optimizer in trainer.optimizers
             if not owned.isdisjoint(map(id, parameters_of(optimizer)))
         ]
-        iterations, self._tracker._detach = follow(optimizers, self._tracker.step)
-        self._tracker._settle = iterations.settle
+        attach(self._tracker, optimizers)
 
     def _begin(self, module: nn.Module, step: int) -> Tracker:
         if self._state is None:

@@ -106,7 +106,12 @@ def track(
             f"{type(model).__name__}. Pass the module whose parameters the optimizer was given."
         )
     tracker = Tracker(model, folder, every=every, **options)
-    report = None if options.get("on_error") == "raise" else tracker._report
+    attach(tracker, optimizers)
+    return tracker
+
+
+def attach(tracker: Tracker, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Let a tracker count the iterations of these optimizers, until it is closed."""
+    report = None if tracker._settings.on_error == "raise" else tracker._report
     iterations, tracker._detach = follow(optimizers, tracker.step, report)
     tracker._settle, tracker._discard = iterations.settle, iterations.discard
-    return tracker

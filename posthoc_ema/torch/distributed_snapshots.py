@@ -86,7 +86,7 @@ def store_parts(
         problem = None
         if store is not None:
             problem = _attempt(lambda: _make_room(parts))
-        _agree(ranks, problem)
+        _agree_to_begin(ranks, problem, taken.time)
         _agree(ranks, _attempt(lambda: _write_parts(parts / f"{ranks.rank:05d}", taken, ranks)))
         records: list[SnapshotRecord] = []
         problem = None
@@ -95,7 +95,7 @@ def store_parts(
                 lambda: records.extend(_add(store, parts, taken, dtype, replace_raw))
             )
         told = _agree(ranks, problem, [record.to_json() for record in records])
-        return [SnapshotRecord.from_json(row) for row in told]
+        return [SnapshotRecord.from_json(row) for row in told[0]]
     finally:
         if store is not None:
             shutil.rmtree(parts, ignore_errors=True)
@@ -135,11 +135,23 @@ def _attempt(action: Callable[[], object]) -> _Problem | None:
     return None
 
 
-def _agree(ranks: Ranks, problem: _Problem | None, value: Any = None) -> Any:
+def _agree_to_begin(ranks: Ranks, problem: _Problem | None, time: int) -> None:
+    """The first agreement: the ranks are about to store the same."""
+    clocks = _agree(ranks, problem, ranks.clock(time), begins=True)
+    try:
+        ranks.check_clocks(clocks)
+    except TrackingError:
+        ranks.awaited = False  # all have seen the same
+        raise
+
+
+def _agree(
+    ranks: Ranks, problem: _Problem | None, value: Any = None, *, begins: bool = False
+) -> list[Any]:
     """Hear of all ranks' problems; raises on every rank if there is one.
 
     Returns:
-        The value of the first rank.
+        The values of all ranks.
     """
     mine = {
         "problem": None if problem is None else str(problem.error) or type(problem.error).__name__,
@@ -147,7 +159,7 @@ def _agree(ranks: Ranks, problem: _Problem | None, value: Any = None) -> Any:
         "value": value,
     }
     try:
-        told = ranks.group.gather(mine)
+        told = ranks.group.gather(mine, begins=begins)
     except TrackingError:
         ranks.awaited = False
         raise
@@ -160,7 +172,7 @@ def _agree(ranks: Ranks, problem: _Problem | None, value: Any = None) -> Any:
     for rank, row in (ends or bad).items():
         kind = TrackingError if ends else SnapshotWriteError
         raise kind(f"rank {rank}: {row['problem']}")
-    return told[0]["value"]
+    return [row["value"] for row in told]
 
 
 # ---- writing parts

@@ -8,6 +8,7 @@ through a gloo group of their own, never through those of the training.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import inspect
 import json
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from posthoc_ema.errors import ConfigError, TrackingError
+from posthoc_ema.torch.replicas import TableCheck, default_store, other_model
 from posthoc_ema.torch.sharding import (
     Layout,
     is_sharded,
@@ -44,6 +46,9 @@ MEETING_SECONDS = 300.0
 ANSWER_SECONDS = 3600.0
 """How long ranks wait for each other later: the first one may be busy with a large snapshot. A rank that
 has ended is noticed at once, by its connection."""
+PATIENCE_SECONDS = 30.0
+"""How long a rank waits for the others at the beginning of a snapshot before it says so."""
+_PRIME = 2**61 - 1
 _HOLDER = "posthoc_ema_rank"
 """Attribute of sharded averages: whose part they hold. It travels with torch.save, which writes the part of
 one rank; all other ranks would take it for theirs."""
@@ -83,6 +88,10 @@ class Ranks:
     _layouts: dict[str, Layout] = field(default_factory=dict)
     _writes: frozenset[str] = frozenset()
     _group: Any = None
+    _tables: TableCheck | None = None
+    _updates: int = 0
+    _history: int = 0
+    _taken: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -126,7 +135,8 @@ class Ranks:
         members = tuple(torch.distributed.get_process_group_ranks(group))
         rank = torch.distributed.get_rank()
         if not split:
-            return cls(members, rank, _layouts=layouts)
+            tables = None if _replica(module) else TableCheck(tensors, rank, len(members))
+            return cls(members, rank, _layouts=layouts, _tables=tables)
         _check_writer()
         device = next(iter(tensors.values())).device.type
         rows = _mesh_over(group, len(members), device)
@@ -258,9 +268,59 @@ class Ranks:
         assert self._group is not None
         return self._group
 
+    # ---- snapshots
+
+    def updated(self, time: int) -> None:
+        """Note that the averages here now stand at `time`; ranks whose clocks differ find out by it."""
+        self._updates += 1
+        self._history = (self._history * 1_000_003 + time) % _PRIME
+
     def is_written_here(self, name: str) -> bool:
-        """Whether this rank is the one that writes its part of a tensor."""
+        """Whether this rank is the one that writes its part of a tensor; asked where a snapshot is taken.
+
+        Raises:
+            TrackingError: the ranks hold different models.
+        """
+        if name == next(iter(self._layouts)):  # once for each snapshot
+            self._taken = self._updates, self._history  # it may be stored many updates later
+            if self._tables is not None:
+                self._tables.look()
         return name in self._writes if self.sharded else self.writes
+
+    def clock(self, time: int) -> dict[str, int]:
+        """What all ranks must agree on about a snapshot that has been taken.
+
+        Args:
+            time: of the snapshot.
+
+        Returns:
+            The time, how many updates led to it, and a number for the times of all of them.
+        """
+        updates, history = self._taken
+        return {"time": time, "updates": updates, "history": history}
+
+    def check_clocks(self, clocks: Sequence[Mapping[str, int]]) -> None:
+        """Compare what `clock` gave on each of the members.
+
+        Raises:
+            TrackingError: they differ: the shards have been averaged with different weights.
+        """
+        first = clocks[0]
+        for rank, clock in zip(self.members, clocks, strict=True):
+            key = next((key for key in first if clock[key] != first[key]), None)
+            if key is None:
+                continue
+            pair = f"{clock[key]} on rank {rank} and {first[key]} on rank {self.members[0]}"
+            found = {
+                "time": f"time is {pair}",
+                "updates": f"the number of updates up to time {first['time']} is {pair}",
+                "history": f"rank {rank} came to time {first['time']} by other times than the first rank",
+            }
+            raise TrackingError(
+                f"{found[key]}: give `advance` the global batch, the same on every rank, and call "
+                "`snapshot` on every rank. Their averages do not fit together any more: start again "
+                "from a checkpoint before they differed."
+            )
 
 
 class RankGroup:
@@ -270,8 +330,11 @@ class RankGroup:
     on its way then.
     """
 
-    def __init__(self, group: Any, members: Sequence[int]) -> None:
+    def __init__(
+        self, group: Any, members: Sequence[int], store: Any = None, rank: int = 0
+    ) -> None:
         self._group, self.members = group, members
+        self._store, self._rank, self._count = store, rank, 0
 
     @classmethod
     def meet(cls, members: Sequence[int]) -> RankGroup:
@@ -283,7 +346,8 @@ class RankGroup:
         try:
             # Whoever has answered in the first group is there: the second may wait long.
             cls(_new_group(members, MEETING_SECONDS), members)._gather_bytes(b"")
-            return cls(_new_group(members, ANSWER_SECONDS), members)
+            group = _new_group(members, ANSWER_SECONDS)
+            return cls(group, members, _own_store(), torch.distributed.get_rank())
         except RuntimeError as error:
             raise TrackingError(
                 f"the ranks {list(members)} did not all come to the first step of the tracker within "
@@ -291,24 +355,67 @@ class RankGroup:
                 "same step."
             ) from error
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, *, begins: bool = False) -> list[Any]:
         """Tell all ranks a value, JSON, and hear theirs, in the order of the members.
+
+        Args:
+            value: of this rank.
+            begins: whether all ranks should come at about the same time, so that long waiting is said.
 
         Raises:
             TrackingError: a rank has ended or does not answer.
         """
+        self._count += 1
+        self._show()
         try:
-            return [json.loads(data) for data in self._gather_bytes(json.dumps(value).encode())]
+            found = self._gather_bytes(json.dumps(value).encode(), begins)
         except RuntimeError as error:
             raise TrackingError(
-                f"another rank has ended or does not answer ({_brief(error)}). Snapshots need all "
-                "ranks: start the run again from its last checkpoint."
+                f"another rank has ended or does not answer ({self._absent()}: {_brief(error)}). Snapshots "
+                "need all ranks: call `snapshot` on every rank; if one has died, start the run again from "
+                "its last checkpoint."
             ) from error
+        return [json.loads(data) for data in found]
 
-    def _gather_bytes(self, data: bytes) -> list[bytes]:
+    def _key(self, rank: int) -> str:
+        return f"posthoc_ema/gathered/{self._group.group_name}/{rank}"
+
+    def _show(self) -> None:
+        """Let the others see that this rank has come to its next gathering."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the process that keeps it may be gone
+                self._store.set(self._key(self._rank), str(self._count))
+
+    def _absent(self) -> str:
+        """For whom this rank waits, in words."""
+        with contextlib.suppress(RuntimeError):
+            ranks = [] if self._store is None else [r for r in self.members if self._is_absent(r)]
+            if ranks:
+                return f"waiting for ranks {ranks}"
+        return "waiting for other ranks"
+
+    def _is_absent(self, rank: int) -> bool:
+        key = self._key(rank)
+        return not self._store.check([key]) or int(self._store.get(key)) < self._count
+
+    def _wait(self, work: Any) -> None:
+        """Wait for all ranks, and say so when it takes long."""
+        try:
+            work.wait(datetime.timedelta(seconds=PATIENCE_SECONDS))
+        except RuntimeError:
+            if not work.is_completed():
+                _log.warning(
+                    "a snapshot is %s for %.0f s; `snapshot` is for all ranks: call it on every rank.",
+                    self._absent(),
+                    PATIENCE_SECONDS,
+                )
+            work.wait()  # raises once more what has gone wrong, if not only the time was up
+
+    def _gather_bytes(self, data: bytes, begins: bool = False) -> list[bytes]:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _no_bytes()
         sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in self.members]
-        self._group.allgather([sizes], [torch.tensor([len(data)], device="cpu")]).wait()
+        work = self._group.allgather([sizes], [torch.tensor([len(data)], device="cpu")])
+        self._wait(work) if begins else work.wait()
         longest = max(int(size) for size in sizes)
         if not longest:
             return [b""] * len(self.members)
@@ -330,6 +437,19 @@ def _new_group(members: Sequence[int], seconds: float) -> Any:
         backend="gloo",
         use_local_synchronization=True,  # other ranks may be at work on another model
     )
+
+
+def _own_store() -> Any:
+    """The key-value store of the process group, by a connection of its own; None if it gives none.
+
+    One connection does one thing at a time: on that of the training, a thread would wait for what the
+    training waits for, on every rank for the other.
+    """
+    try:
+        store = default_store()
+        return None if store is None else store.clone()
+    except (RuntimeError, AttributeError):  # not in earlier versions of PyTorch
+        return None
 
 
 def _brief(error: Exception) -> str:
@@ -354,11 +474,14 @@ def _check_writer() -> None:
 
 
 def _replica_group(module: nn.Module) -> Any:
-    """The process group over which a module is replicated; None for all ranks."""
-    for part in module.modules():
-        if isinstance(part, nn.parallel.DistributedDataParallel):
-            return part.process_group
-    return torch.distributed.group.WORLD
+    """The process group over which a module is replicated; that of all ranks if nothing says it."""
+    replica = _replica(module)
+    return torch.distributed.group.WORLD if replica is None else replica.process_group
+
+
+def _replica(module: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    kind = nn.parallel.DistributedDataParallel
+    return next((part for part in module.modules() if isinstance(part, kind)), None)
 
 
 def _mesh_over(group: Any, size: int, device: str) -> DeviceMesh:
@@ -382,11 +505,9 @@ def _check_agreement(members: Sequence[int], told: Sequence[Any]) -> None:
                 continue
             if key == "shapes":
                 name = next(n for n in (*first[key], *value) if value.get(n) != first[key].get(n))
-                raise TrackingError(
+                raise other_model(
                     f"tensor {name!r} has shape {value.get(name)} on rank {rank} and "
-                    f"{first[key].get(name)} on rank {members[0]}. All ranks of a tracker hold one "
-                    "model; for stages of a pipeline average saved checkpoints instead: `phema synth "
-                    "--from-checkpoints`."
+                    f"{first[key].get(name)} on rank {members[0]}"
                 )
             raise TrackingError(
                 f"{key} is {value} on rank {rank} and {first[key]} on rank {members[0]}. Make the "

@@ -358,6 +358,63 @@ def different_times(folder):
 
 
 @scenario
+def pipeline(folder):
+    """Each rank has a stage of its own."""
+    rank = dist.get_rank()
+    stage = nn.ModuleDict({f"stage{rank}": nn.Linear(3, 2 + rank)})
+    with Tracker(stage, folder, every=2, on_error="warn") as tracker:
+        dist.barrier()  # the stages of a pipeline wait for each other
+        for _ in range(4):
+            tracker.step()
+        tracker.flush()
+        return {"failure": tracker.failure, "stored": tracker.num_snapshots}
+
+
+@scenario
+def replicas_of_several_models(folder):
+    """Plain replicas track two models, and the first rank a third, alone: nothing is amiss."""
+    models = [nn.Linear(3, 2), nn.Linear(2, 2)] + [nn.Linear(4, 4)] * (dist.get_rank() == 0)
+    trackers = [Tracker(model, folder / str(i), every=2) for i, model in enumerate(models)]
+    dist.barrier()
+    for tracker in trackers:
+        with tracker:
+            for _ in range(4):
+                tracker.step()
+    return [tracker.failure for tracker in trackers]
+
+
+@scenario
+def different_batches(folder):
+    """The last rank's second batch is shorter: it comes to the snapshot by another time."""
+    model, last = sharded(), dist.get_rank() == dist.get_world_size() - 1
+    with Tracker(model, folder, every=8, clock="images", on_error="warn") as tracker:
+        for step in range(1, 5):
+            tracker.advance(3 if step == 2 and last else 4)
+            drive(model, tracker, 1, start=step)
+        tracker.flush()
+        return tracker.failure
+
+
+@scenario
+def one_rank_takes_a_snapshot(folder):
+    """The second rank comes late to `snapshot`, and then not at all: the first says so. Comes last."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("posthoc_ema").addHandler(handler)
+    ranks.PATIENCE_SECONDS, ranks.ANSWER_SECONDS = 0.5, 2.0
+    model = sharded()
+    tracker = Tracker(model, folder, every=50, on_error="raise")
+    drive(model, tracker, 2)
+    time.sleep(1.0 * dist.get_rank())
+    stored = len(tracker.snapshot())
+    drive(model, tracker, 1, start=2)
+    found = outcome(tracker.snapshot) if dist.get_rank() == 0 else {}
+    dist.barrier()
+    return {**found, "said": said, "stored": stored}
+
+
+@scenario
 def unwritable_parts(folder):
     """A rank that cannot write its parts loses the snapshot for all, and the next one is stored."""
     model = sharded()

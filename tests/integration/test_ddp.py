@@ -25,7 +25,8 @@ def one(tmp_path_factory):
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(
-        request.param, folder, "replicas", "plain_replicas", "split_replicas", "replicas_by_dcp"
+        *(request.param, folder, "replicas", "plain_replicas", "split_replicas", "replicas_by_dcp"),
+        *("replicas_of_several_models", "pipeline"),
     )
     return folder
 
@@ -61,6 +62,20 @@ def test_replicas_resume_through_distributed_checkpoints(ranks, tmp_path, name):
     with Tracker(make_odd(), tmp_path / "twelve", **OPTIONS) as tracker:
         drive(tracker._model.module, tracker, 12)
     same_store(ranks / "replicas_by_dcp" / name, tmp_path / "twelve")
+
+
+def test_stages_of_a_pipeline_are_refused(ranks):
+    first, *others = told(ranks, "pipeline")
+    assert first["failure"].startswith(
+        "another rank tracks a model of other tensors than the first"
+    )
+    assert "All ranks of a tracker hold one model" in first["failure"]
+    assert [rank["stored"] for rank in (first, *others)] == [0] * (1 + len(others))
+
+
+def test_models_that_are_on_the_first_rank_alone_or_on_all_are_tracked(ranks):
+    for rank, failures in enumerate(told(ranks, "replicas_of_several_models")):
+        assert failures == [None] * (2 if rank else 3)
 
 
 def test_there_is_nothing_to_split_without_ranks(tmp_path):

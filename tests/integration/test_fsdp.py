@@ -110,6 +110,7 @@ def two(tmp_path_factory, four):
     for name in ("resumed_from_dcp", "resumed_from_files", "resumed_split", "resumed_two"):
         shutil.copytree(four / "interrupted", folder / name)
     scenarios = ["fsdp_codecs", "resumed_from_dcp", "resumed_from_files", "resumed_split"]
+    scenarios += ["different_batches", "one_rank_takes_a_snapshot"]
     run_ranks(2, folder, *scenarios, "absent_rank")
     return folder
 
@@ -230,6 +231,24 @@ def test_ranks_that_differ_are_refused(four):
         assert "tensor '0.large' has shape None on rank 1 and [67, 129] on rank 0" in rank["told"]
     for rank in told(four, "different_times"):
         assert "every is 4 on rank 1 and 3 on rank 0" in rank["told"]
+
+
+def test_clocks_that_differ_stop_all_ranks(two):
+    for failure in told(two, "different_batches"):
+        assert failure.startswith("time is 11 on rank 1 and 8 on rank 0: give `advance` the global")
+    assert SnapshotStore.open(two / "different_batches").times == []
+
+
+def test_a_snapshot_of_one_rank_says_for_whom_it_waits(two):
+    first, second = told(two, "one_rank_takes_a_snapshot")
+    late, absent = first["said"]
+    assert late == absent
+    assert "a snapshot is waiting for ranks [1] for 0 s; `snapshot` is for all" in late
+    assert first["stored"] == second["stored"] > 0
+    assert "does not answer (waiting for ranks [1]: " in first["told"]
+    assert "call `snapshot` on every rank" in first["told"]
+    assert first["seconds"] < 20
+    assert second["said"] == []
 
 
 def test_parts_that_cannot_be_written_cost_one_snapshot(four):

@@ -83,6 +83,8 @@ def _line(report: dict[str, Any], by_default: bool) -> str:
         f"{count}, {stored} snapshot{'s' * (stored != 1)} in {_place(report['folder'])} "
         f"(sigma_rel {lengths})"
     )
+    if report.get("remark"):
+        line += f"; {report['remark']}"
     if report["failure"]:
         return f"{line}; tracking stopped there: {report['failure']}"
     if not report["ended"]:

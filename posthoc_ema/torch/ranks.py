@@ -281,7 +281,7 @@ class Ranks:
         Raises:
             TrackingError: the ranks hold different models.
         """
-        if name == next(iter(self._layouts)):  # once for each snapshot
+        if name == next(iter(self._layouts), None):  # once for each snapshot
             self._taken = self._updates, self._history  # it may be stored many updates later
             if self._tables is not None:
                 self._tables.look()

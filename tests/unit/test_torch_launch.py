@@ -738,15 +738,16 @@ def test_handlers_of_the_script_are_left_alone(process):
     assert seen == ["theirs"]
 
 
-def test_weights_that_were_replaced_at_the_end_are_not_stored(process, tmp_path):
-    """A script may load its best weights before it ends: they are not those of the last step."""
+def test_of_weights_that_were_replaced_at_the_end_only_the_averages_are_stored(process, tmp_path):
+    """A script may load its best weights before it ends: only the averages are those of the last step."""
     started = process()
     net, optimizer = make()
     best = {name: value.clone() for name, value in net.state_dict().items()}
     train(net, optimizer, 5)
     net.load_state_dict(best)
     started.end()
-    assert SnapshotStore.open(tmp_path / "s").times == [2, 4]
+    assert SnapshotStore.open(tmp_path / "s").times == [2, 4, 5]
+    assert not list((tmp_path / "s").glob("*5-raw.safetensors"))
 
 
 def test_schedule_free_averages_are_those_of_training_and_no_snapshot_shows_the_other_weights(

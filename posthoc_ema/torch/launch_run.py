@@ -299,7 +299,10 @@ class TrackedRun:
         self._working = True
         try:
             self._settle()
-            self._states.save_for_checkpoint(self.tracker, mark_of(self._leader))
+            if self._moved is not None and self._weights.same_values() is False:
+                self._look_back()  # the state is to be that of the place that training was put back to
+            if not self.tracker.stopped:
+                self._states.save_for_checkpoint(self.tracker, mark_of(self._leader))
         finally:
             self._working = False
 

@@ -234,6 +234,21 @@ def test_loading_what_is_there_changes_nothing(process, said, kind):
     assert said() == ""
 
 
+def test_a_checkpoint_right_after_going_back_is_of_where_it_went(process, said):
+    started, training = process(), Training()
+    training.steps(12)
+    checkpoint = training.checkpoint()
+    training.steps(15)
+    training.load(checkpoint)
+    checkpoint = training.checkpoint()
+    training.steps(4)
+    training.load(checkpoint)
+    training.steps(3)
+    started.end()
+    started.check(training.history)
+    assert said().count("tracking continues from step 12") == 2
+
+
 def test_an_unknown_state_stops_tracking_and_names_both_places(process, said):
     started, training = process(), Training()
     with torch.no_grad():

@@ -69,13 +69,14 @@ class TorchArithmetic:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_cpu = device.type == "cpu"
-        self._widened = torch.empty(0)
+        self._widened = torch.empty(0, device="cpu")
         torch.set_num_threads(1)  # of this thread: the files are what is spread over threads
 
     def stack(self, dtype: str, rows: int, width: int) -> AnyArray:
         """Memory for stored tiles, (rows, width), that `add` takes."""
         nbytes = rows * width * storage_dtype(dtype).itemsize
-        memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        pinned = self._device.type == "cuda"
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         return memory.numpy().view(storage_dtype(dtype)).reshape(rows, width)
 
     def weights(self, values: Float32Array) -> torch.Tensor:
@@ -115,7 +116,7 @@ class TorchArithmetic:
     def _buffer(self, rows: int, width: int) -> torch.Tensor:
         """Widened values; rows 16 elements apart, since powers of two collide in the cache."""
         if len(self._widened) < rows or self._widened.shape[1] < width:
-            self._widened = torch.empty((rows, width + 16), dtype=torch.float32)
+            self._widened = torch.empty((rows, width + 16), dtype=torch.float32, device="cpu")
         return self._widened[:rows, :width]
 
     def derive(self, sums: torch.Tensor, weights: torch.Tensor, out: Float32Array) -> None:

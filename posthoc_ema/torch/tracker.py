@@ -167,6 +167,7 @@ class Tracker:
         )
         self._averages: Averages | None = None
         self._time = self._last_update = self._steps = self._pending = 0
+        self._given_at = -1
         self._begun = self._due = False
         self._stopped = self._failed = self._closed = False
         self._failure: str | None = None
@@ -442,6 +443,7 @@ class Tracker:
         self._updating = True
         self._averages.update(parameters, weights, seed=self._time)
         self._last_update, self._updating = self._time, False
+        self._ranks.updated(self._time)
 
     def _new_averages(self, parameters: Mapping[str, torch.Tensor]) -> Averages:
         return Averages(
@@ -559,6 +561,7 @@ class Tracker:
     def _state(self) -> dict[str, Any]:
         """The state of now, while a snapshot may still be being written."""
         self._wait_for_averages()
+        self._given_at = self._last_update
         if self._averages is None and self._ranks.tracks and self._ranks.several:
             # torch.distributed.checkpoint loads into tensors that are there, before the first step.
             self._averages = self._new_averages(self._ranks.parts(self._model.averaged()))
@@ -648,11 +651,14 @@ class Tracker:
     def _refuse_moved_on(self, state: Mapping[str, Any]) -> None:
         """The tensors of `state_dict` are the live ones: later they are not those of its time."""
         live = self._averages
-        if live is None or self._failed or int(state["last_update"]) == self._last_update:
+        # torch.distributed.checkpoint loads into the tensors that state_dict has just given: those have
+        # not moved on.
+        if live is None or self._failed or self._last_update == self._given_at:
             return
         for name, stack in state["averages"].items():
             mine = self._ranks.whole(name, live.stack(name), len(self._sigma_rels))
-            if local_part(stack).data_ptr() == local_part(mine).data_ptr() and stack.numel():
+            part = local_part(stack)  # an empty one has no address
+            if part.numel() and part.data_ptr() == local_part(mine).data_ptr():
                 raise TrackingError(
                     "the averages of this state are the tracker's own tensors, which have moved on since "
                     "it was taken. Keep a copy: copy.deepcopy(tracker.state_dict())."

@@ -696,10 +696,12 @@ class Tracker:
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Run `action`; with on_error="warn", an error is logged and training goes on."""
+        earlier, self._job_error = self._job_error, None
         self._busy = True
         try:
             action()
-            self._raise_from_job()  # of a snapshot before: what is counted now is counted
+            if earlier is not None:  # of a snapshot before; what is counted now is counted
+                raise earlier
         except Exception as error:
             if self._settings.on_error == "warn":
                 self._report(error)
@@ -727,11 +729,6 @@ class Tracker:
             self._job_error = error
         else:
             self._report(error)
-
-    def _raise_from_job(self) -> None:
-        error, self._job_error = self._job_error, None
-        if error is not None:
-            raise error
 
     def _report(self, error: Exception) -> None:
         if isinstance(error, SnapshotWriteError):

@@ -97,7 +97,7 @@ def test_the_commands_of_the_readme_work_on_a_store(phema, snapshots, monkeypatc
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     Path("eval.py").write_text("import os; print(abs(float(os.environ['PHEMA_SIGMA_REL']) - 0.1))")
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
-    (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "phema synth" in b)
+    (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "phema sweep" in b)
     lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     made = ["plan", "ls", "synth", "synth", "sweep", "plot", "prune", "verify"]
     assert [words[0] for words in lines] == made

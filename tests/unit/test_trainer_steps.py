@@ -139,7 +139,7 @@ def test_first_step_changes_time_and_averages_but_not_the_weights(started, confi
     assert state.nimg == 8
     assert [tracker.time for tracker in state.trackers.values()] == [8, 8]
     # Learning rate 0; only the forced normalisation moved the weights, by rescaling rows.
-    fresh = new_state(config, state.trackers["snapshots"]._folder.parent / "other", CPU)
+    fresh = new_state(config, state.trackers["snapshots"].folder.parent / "other", CPU)
     for name, p in state.network.named_parameters():
         q = dict(fresh.network.named_parameters())[name]
         norm = [w.detach().reshape(len(w) if w.ndim else 1, -1).norm(dim=1) for w in (p, q)]

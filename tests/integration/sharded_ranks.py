@@ -518,7 +518,7 @@ def dying_rank(folder):
 # ---- the program
 
 
-def main(rank, world, folder, names, attempt):
+def main(rank, world, folder, names, attempt=0):
     torch.set_num_threads(1)
     logging.basicConfig(format="%(name)s: %(message)s")
     meeting = f"file://{folder}/meet-{world}-{names[0]}-{os.getppid()}-{attempt}"

@@ -66,6 +66,11 @@ class History:
         return np.cumsum(self.elapsed)
 
     @property
+    def samples_per_step(self):
+        """Clock units of every step, or None where they differ."""
+        return self.elapsed[0] if len(set(self.elapsed)) == 1 else None
+
+    @property
     def clock(self):
         return "steps" if set(self.elapsed) == {1} else "images"
 
@@ -131,6 +136,7 @@ _LARGE_STEPS = (8,) * 20 + (128,) * 20 + (64, 3, 1, 7) * 5
 
 _ALL = (
     History("impulse", _IMPULSE, impulse=True),
+    History("impulse-fixed-samples", _IMPULSE, elapsed=(8,) * STEPS, impulse=True),
     History("impulse-samples", _IMPULSE, elapsed=_LARGE_STEPS, impulse=True),
     History(
         "tied",

@@ -176,6 +176,7 @@ STRAIGHT = tuple(
         "transposed",
     )
 )
+FIXED_SAMPLES = (Task("impulse-fixed-samples"),)
 SAMPLES = (Task("impulse-samples"), Task("impulse-samples", update_every=7))
 SELDOM = (Task("impulse", update_every=7), Task("impulse", update_every=60))
 RESUMED = (
@@ -190,13 +191,19 @@ RESUMED = (
 RESUMED_SAMPLES = (Task("impulse-samples", update_every=7, resume_at=(29, 51)),)
 
 LAWS: dict[Callable[[Case], None], tuple[Task, ...]] = {
-    averages_are_the_profile: (*STRAIGHT, *SELDOM, *SAMPLES),
+    averages_are_the_profile: (*STRAIGHT, *SELDOM, *FIXED_SAMPLES, *SAMPLES),
     intervals_change_nothing: (*SELDOM, SAMPLES[1]),
     resuming_changes_no_bit: (*RESUMED, *RESUMED_SAMPLES),
     tied_weights_are_one: (Task("tied"),),
     buffers_are_copied: (Task("buffers"),),
-    snapshots_hold_what_they_say: (Task("impulse"), SELDOM[0], *SAMPLES, Task("mixed-dtypes")),
-    clocks_are_right: (Task("impulse"), Task("impulse-samples")),
+    snapshots_hold_what_they_say: (
+        Task("impulse"),
+        SELDOM[0],
+        *FIXED_SAMPLES,
+        *SAMPLES,
+        Task("mixed-dtypes"),
+    ),
+    clocks_are_right: (Task("impulse"), *FIXED_SAMPLES, Task("impulse-samples"), RESUMED[0]),
     training_is_untouched: (*STRAIGHT, RESUMED[0], RESUMED[2]),
 }
 """Each law and what the trackers are put on to see it."""

@@ -35,7 +35,7 @@ class Task:
     @property
     def every(self):
         """Between snapshots, in clock units."""
-        return EVERY if self.played.clock == "steps" else 1000
+        return EVERY * self.played.samples_per_step if self.played.samples_per_step else 1000
 
     @property
     def snapshot_steps(self):
@@ -66,8 +66,8 @@ class Outcome:
         folder: the store.
         averages: those in memory after the last step, (sigma_rel, name) -> float32; empty if they are
             out of reach there.
-        time: the tracker's clock after the last step, None if out of reach.
-        steps: steps it counted, None if out of reach.
+        time: the tracker's clock after the last step; None for a run without a tracker.
+        steps: steps it counted, likewise.
         training: `playback.evidence` after the last step of the tracked run.
         untracked: the same of a run without a tracker.
     """

@@ -328,13 +328,16 @@ class Command:
             *(sys.executable, "-m", "phema", "track", "--out", str(folder)),
             *("--sigma-rel", ",".join(map(repr, SIGMA_RELS)), "--every", str(task.every)),
             *("--update-every", str(task.update_every), "--dtype", "float32", "--raw", "all"),
-            *("--on-error", "raise"),
+            *("--on-error", "raise", "--report", str(out) + "-report.json"),
         ]
+        if history.clock == "images":
+            tracking += ["--samples-per-step", str(history.samples_per_step)]
         for stop in (*task.resume_at, len(history.elapsed)):
             training = self._train([*tracking, "--"], history, out, stop)
         untracked = InProcess().untracked(task)
-        time = int(history.times[-1])
-        return Outcome(folder, final_averages(folder, time), None, None, training, untracked)
+        (report,) = json.loads(Path(str(out) + "-report.json").read_text())["tracked"]
+        averages = final_averages(folder, int(history.times[-1]))
+        return Outcome(folder, averages, report["time"], report["steps"], training, untracked)
 
     def _train(self, tracking, history, out, stop):
         command = [sys.executable, "-m", f"{__package__}.playback", history.name, str(out)]

@@ -7,11 +7,11 @@ after each iteration; where a tracker cannot follow, it says so, and training go
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def test_track_on_error_raise_stops_training(tmp_path):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """kind -> (folder, finished process), of every training under `phema track`; two run at a time."""
+    """commands(kind) -> (folder, finished process), of a training under `phema track`; each runs once."""
     place = tmp_path_factory.mktemp("commands")
 
     def run(kind):
@@ -152,13 +152,29 @@ def commands(tmp_path_factory):
         )
         return folder, done
 
-    with ThreadPoolExecutor(2) as threads:
-        yield {kind: threads.submit(run, kind) for kind in semantics.KINDS}
+    return functools.cache(run)
 
 
-@pytest.mark.parametrize("kind", FOLLOWED)
+QUICK = {
+    "lookahead",
+    "in_backward",
+    "schedule_free",
+    "scaler_fused",
+    "two_optimizers",
+    "two_models",
+    "assigned",
+    "layer_widened",
+}
+"""What is left of the commands for `make test`, since each takes seconds; the others are slow tests."""
+
+
+def commands_for(kinds):
+    return [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in kinds]
+
+
+@pytest.mark.parametrize("kind", commands_for(FOLLOWED))
 def test_command_is_followed(kind, commands):
-    folder, done = commands[kind].result()
+    folder, done = commands(kind)
     assert (done.returncode, done.stdout) == (0, f"{semantics.STEPS} iterations\n"), done.stderr
     history = torch.load(folder / "weights.pt", weights_only=True)
     assert done.stderr.splitlines()[-1].startswith(f"phema track: {semantics.STEPS} steps, "), done
@@ -170,9 +186,9 @@ def test_command_is_followed(kind, commands):
                 check_averages(stored, history[:time], sigma_rel)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", commands_for(REFUSED))
 def test_command_that_cannot_be_followed_goes_on(kind, commands):
-    folder, done = commands[kind].result()
+    folder, done = commands(kind)
     assert (done.returncode, done.stdout) == (0, f"{semantics.STEPS} iterations\n"), done.stderr
     *_, last = done.stderr.splitlines()
     assert last.startswith("phema track: ")
@@ -183,5 +199,5 @@ def test_command_that_cannot_be_followed_goes_on(kind, commands):
 
 
 def test_command_that_trains_two_models_names_the_other(commands):
-    _, done = commands["two_models"].result()
+    _, done = commands("two_models")
     assert "tracking Generator; Discriminator is trained too and not tracked" in done.stderr

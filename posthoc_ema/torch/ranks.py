@@ -275,16 +275,18 @@ class Ranks:
         self._updates += 1
         self._history = (self._history * 1_000_003 + time) % _PRIME
 
-    def is_written_here(self, name: str) -> bool:
-        """Whether this rank is the one that writes its part of a tensor; asked where a snapshot is taken.
+    def begin_snapshot(self) -> None:
+        """Note where a snapshot is taken: it may be stored many updates later.
 
         Raises:
             TrackingError: the ranks hold different models.
         """
-        if name == next(iter(self._layouts), None):  # once for each snapshot
-            self._taken = self._updates, self._history  # it may be stored many updates later
-            if self._tables is not None:
-                self._tables.look()
+        self._taken = self._updates, self._history
+        if self._tables is not None:
+            self._tables.look()
+
+    def is_written_here(self, name: str) -> bool:
+        """Whether this rank is the one that writes its part of a tensor."""
         return name in self._writes if self.sharded else self.writes
 
     def clock(self, time: int) -> dict[str, int]:

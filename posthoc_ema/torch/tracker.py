@@ -474,6 +474,7 @@ class Tracker:
         averages, time = self._averages, self._last_update
         assert averages is not None  # the update before has made them
         averages.wait()
+        self._ranks.begin_snapshot()
         tensors = self._model.live()
         entries = self._model.table.entries.values()
         mine = [n for n in averages.names if self._ranks.is_written_here(n)]

@@ -15,7 +15,7 @@ def ranks_that_came_by(times):
     ranks = Ranks((0, 1), 0, True, _layouts={"w": Layout((2,), (0,), (2,))})
     for time in times:
         ranks.updated(time)
-    ranks.is_written_here("w")
+    ranks.begin_snapshot()
     ranks.updated(times[-1] + 1)  # while the snapshot is still to be stored
     return ranks, ranks.clock(times[-1])
 

@@ -74,7 +74,7 @@ def _site_folder() -> str | None:
 
         spec = find_spec("posthoc_ema")
     places = spec.submodule_search_locations if spec is not None else None
-    return os.path.join(next(iter(places)), "torch", "site") if places else None  # noqa: PTH118
+    return os.path.join(next(iter(places)), "torch", "launch", "site") if places else None  # noqa: PTH118
 
 
 def _session_folder() -> str:

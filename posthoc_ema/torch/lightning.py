@@ -14,9 +14,9 @@ from torch import nn
 
 from posthoc_ema.errors import ConfigError, PhemaError
 from posthoc_ema.profiles import DEFAULT_SIGMA_RELS
+from posthoc_ema.torch.distributed.sharding import is_sharded
 from posthoc_ema.torch.optimizer_hook import TrackerOptions, attach
 from posthoc_ema.torch.resuming import refuse_taken
-from posthoc_ema.torch.sharding import is_sharded
 from posthoc_ema.torch.stepping import parameters_of
 from posthoc_ema.torch.tracker import Tracker
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from posthoc_ema.errors import ConfigError, TrackingError
-from posthoc_ema.torch.sharding import check_can_be_tracked
+from posthoc_ema.torch.distributed.sharding import check_can_be_tracked
 from posthoc_ema.torch.stepping import follow, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 from posthoc_ema.torch.wrapped_steps import is_optimizer, stepping_parts

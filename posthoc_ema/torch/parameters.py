@@ -14,8 +14,8 @@ from torch import nn
 from posthoc_ema.codecs import DTYPE_CODES, FLOATING, AnyArray
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.snapshot import TensorEntry, TensorTable
+from posthoc_ema.torch.distributed.sharding import check_can_be_tracked, is_sharded
 from posthoc_ema.torch.peft_names import adapter_tensors
-from posthoc_ema.torch.sharding import check_can_be_tracked, is_sharded
 
 _log = logging.getLogger("posthoc_ema")
 

@@ -14,7 +14,7 @@ from posthoc_ema.profiles import PowerProfile
 from posthoc_ema.snapshot import SnapshotRecord, TensorTable
 from posthoc_ema.store import SnapshotStore
 from posthoc_ema.torch.background import Background
-from posthoc_ema.torch.ranks import Ranks
+from posthoc_ema.torch.distributed.ranks import Ranks
 from posthoc_ema.torch.retaining import thin_out
 from posthoc_ema.torch.settings import Settings
 from posthoc_ema.torch.snapshots import TakenSnapshot
@@ -154,7 +154,7 @@ class Recorder:
 
     def _meet(self, agreed: Mapping[str, Any], check: Callable[[], None]) -> None:
         """Agree with the other ranks, see `Ranks.meet`."""
-        from posthoc_ema.torch.distributed_snapshots import remove_left_parts
+        from posthoc_ema.torch.distributed.snapshots import remove_left_parts
 
         self._ranks.arrive()
         problem: Exception | None = None
@@ -207,7 +207,7 @@ class Recorder:
         self._check_finite(taken)
         dtype, replace_raw = self._settings.dtype, self._settings.raw == "last"
         if self._ranks.sharded:
-            from posthoc_ema.torch.distributed_snapshots import store_parts
+            from posthoc_ema.torch.distributed.snapshots import store_parts
 
             records = store_parts(
                 self._ranks, self.folder, store, taken, dtype, replace_raw=replace_raw
@@ -254,7 +254,7 @@ class Recorder:
         """Tell the ranks that wait for this one's part of a snapshot that there will be none."""
         if not self._ranks.awaited:
             return
-        from posthoc_ema.torch.distributed_snapshots import give_notice
+        from posthoc_ema.torch.distributed.snapshots import give_notice
 
         notice = functools.partial(give_notice, self._ranks, reason)
         if self._jobs is None:

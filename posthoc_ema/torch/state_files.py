@@ -39,7 +39,7 @@ from posthoc_ema.tensor_files import (
     read_header,
     strict_json,
 )
-from posthoc_ema.torch.sharding import (
+from posthoc_ema.torch.distributed.sharding import (
     Layout,
     layout_of,
     local_part,

@@ -15,10 +15,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from posthoc_ema.codecs import AnyArray
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.synthesis import synthesize
+from posthoc_ema.torch.distributed.ranks import replica_group
+from posthoc_ema.torch.distributed.sharding import (
+    is_sharded,
+    layout_of,
+    local_part,
+    whole_from_part,
+)
 from posthoc_ema.torch.parameters import named_tensors
 from posthoc_ema.torch.peft_names import adapter_tensors
-from posthoc_ema.torch.ranks import _replica_group
-from posthoc_ema.torch.sharding import is_sharded, layout_of, local_part, whole_from_part
 
 if TYPE_CHECKING:
     from posthoc_ema.torch.tracker import Tracker
@@ -353,7 +358,7 @@ def _from_first_rank(
         TrackingError: the first rank has no average; on all ranks.
     """
     distributed = torch.distributed
-    group, first = _replica_group(tracker._model.module), tracker._ranks.members[0]
+    group, first = replica_group(tracker._model.module), tracker._ranks.members[0]
     tensors: dict[str, torch.Tensor | AnyArray | None] = dict.fromkeys(names)
     error: Exception | None = None
     if tracker._ranks.writes:

@@ -26,11 +26,11 @@ from posthoc_ema.profiles import (
 from posthoc_ema.snapshot import SnapshotRecord, StoredProfile
 from posthoc_ema.store import SnapshotStore
 from posthoc_ema.torch.averaging import Averages
+from posthoc_ema.torch.distributed.ranks import Ranks
+from posthoc_ema.torch.distributed.sharding import local_part
 from posthoc_ema.torch.parameters import TrackedModel
-from posthoc_ema.torch.ranks import Ranks
 from posthoc_ema.torch.recording import Recorder
 from posthoc_ema.torch.settings import Settings
-from posthoc_ema.torch.sharding import local_part
 from posthoc_ema.torch.snapshots import LazyTensors, TakenSnapshot
 from posthoc_ema.torch.state import STATE_SCHEMA, check_state
 from posthoc_ema.torch.swap import swapped

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posthoc_ema.errors import TrackingError
+from posthoc_ema.torch.distributed.sharding import is_sharded
 from posthoc_ema.torch.optimizer_hook import TrackerOptions
 from posthoc_ema.torch.resuming import refuse_taken
-from posthoc_ema.torch.sharding import is_sharded
 from posthoc_ema.torch.state_files import SavedState, load_state, save_state, saved_states
 from posthoc_ema.torch.tracker import Tracker
 

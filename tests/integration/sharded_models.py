@@ -44,7 +44,7 @@ def whole_values(step, name, shape):
 @torch.no_grad()
 def set_weights(model, step):
     """Give each weight the values of a step, on each rank the part that it holds."""
-    from posthoc_ema.torch.sharding import layout_of, local_part
+    from posthoc_ema.torch.distributed.sharding import layout_of, local_part
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posthoc_ema import SnapshotStore
 from posthoc_ema.errors import PhemaError
-from posthoc_ema.torch import Tracker, distributed_snapshots, ranks, track
+from posthoc_ema.torch import Tracker, track
+from posthoc_ema.torch.distributed import rank_group, snapshots
 from posthoc_ema.torch.state_files import load_state, remove_state, save_state, saved_states
 
 SCENARIOS = {}
@@ -406,7 +407,7 @@ def one_rank_takes_a_snapshot(folder):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("posthoc_ema").addHandler(handler)
-    ranks.PATIENCE_SECONDS, ranks.ANSWER_SECONDS = 0.5, 2.0
+    rank_group.PATIENCE_SECONDS, rank_group.ANSWER_SECONDS = 0.5, 2.0
     model = sharded()
     tracker = Tracker(model, folder, every=50, on_error="raise")
     drive(model, tracker, 2)
@@ -426,19 +427,19 @@ def unwritable_parts(folder):
     with Tracker(model, folder, **options) as tracker:
         drive(model, tracker, 2)
         if dist.get_rank() == 1:
-            original = distributed_snapshots._write_parts
+            original = snapshots._write_parts
 
             def broken(path, *arguments):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text("in the way")
                 original(path, *arguments)
 
-            distributed_snapshots._write_parts = broken
+            snapshots._write_parts = broken
         drive(model, tracker, 1, start=2)
         tracker.flush()
         dist.barrier()
         if dist.get_rank() == 1:
-            distributed_snapshots._write_parts = original
+            snapshots._write_parts = original
         left = [path.name for path in folder.glob(".parts-*")]
         dist.barrier()
         drive(model, tracker, 4, start=3)
@@ -450,14 +451,14 @@ def unwritable_parts(folder):
 @scenario
 def absent_rank(folder):
     """Only the first rank makes a tracker of a sharded model. Comes last."""
-    before, ranks.MEETING_SECONDS = ranks.MEETING_SECONDS, 2.0
+    before, rank_group.MEETING_SECONDS = rank_group.MEETING_SECONDS, 2.0
     try:
         if dist.get_rank() == 0:
             model = sharded()
             tracker = Tracker(model, folder, **OPTIONS)
             return outcome(lambda: drive(model, tracker, 1))
     finally:
-        ranks.MEETING_SECONDS = before
+        rank_group.MEETING_SECONDS = before
 
 
 @scenario

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.torch import Tracker, track
-from posthoc_ema.torch.sharding import is_sharded
+from posthoc_ema.torch.distributed.sharding import is_sharded
 
 STEPS = 7
 LENGTHS = {"tracked": {"sigma_rel": 0.04}, "other": {"sigma_rel": 0.07}, "now": {"sigma_rel": 0.07}}

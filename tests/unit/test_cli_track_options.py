@@ -11,7 +11,7 @@ from phema.track_options import LONGEST, OPTIONS, quick_parse, values_of
 from posthoc_ema import DEFAULT_CODEC, DEFAULT_SIGMA_RELS, SIGMA_REL_MAX
 from posthoc_ema.codecs import CODECS, check_codec
 from posthoc_ema.torch import Tracker
-from posthoc_ema.torch.launch_run import tracker_options
+from posthoc_ema.torch.launch.options import tracker_options
 
 BY_NAME = {option.name: option for option in OPTIONS}
 DEFAULTS = values_of({})

@@ -23,9 +23,9 @@ from phema.track_options import values_of
 from posthoc_ema import SnapshotStore, TrackingError
 from posthoc_ema.torch import Tracker
 from posthoc_ema.torch.launch import Launch
-from posthoc_ema.torch.launch_leader import LastSeen
-from posthoc_ema.torch.launch_models import Scan
-from posthoc_ema.torch.launch_resume import mark_of
+from posthoc_ema.torch.launch.leader import LastSeen
+from posthoc_ema.torch.launch.models import Scan
+from posthoc_ema.torch.launch.resume import mark_of
 
 TEXTS = {"every": "2", "keep": "all", "sigma_rels": "0.05,0.1", "dtype": "float32"}
 

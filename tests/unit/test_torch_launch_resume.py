@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 import posthoc_ema as pe
 from phema.track_options import values_of
 from posthoc_ema.torch.launch import Launch
-from posthoc_ema.torch.launch_weights import LastWeights
+from posthoc_ema.torch.launch.weights import LastWeights
 
 TEXTS = {"every": "10", "keep": "all", "sigma_rels": "0.05,0.1", "dtype": "float32"}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from posthoc_ema.errors import TrackingError
-from posthoc_ema.torch.ranks import Ranks
-from posthoc_ema.torch.replicas import table_hash
-from posthoc_ema.torch.sharding import Layout
+from posthoc_ema.torch.distributed.ranks import Ranks
+from posthoc_ema.torch.distributed.replicas import table_hash
+from posthoc_ema.torch.distributed.sharding import Layout
 
 
 def ranks_that_came_by(times):

@@ -10,8 +10,9 @@ from torch import nn
 
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.torch import Tracker, track
-from posthoc_ema.torch.ranks import _brief, _check_agreement, _share
-from posthoc_ema.torch.sharding import (
+from posthoc_ema.torch.distributed.rank_group import _brief
+from posthoc_ema.torch.distributed.ranks import _check_agreement, _share
+from posthoc_ema.torch.distributed.sharding import (
     Layout,
     check_can_be_tracked,
     layout_of,

@@ -19,7 +19,7 @@ from posthoc_ema.errors import (
     SnapshotWriteError,
 )
 from posthoc_ema.torch import Tracker, state_files
-from posthoc_ema.torch.sharding import Layout
+from posthoc_ema.torch.distributed.sharding import Layout
 from posthoc_ema.torch.state_files import (
     host_copy,
     load_state,

@@ -55,15 +55,7 @@ class EagerKernel:
         source: int,
         changed: bool,
     ) -> None:
-        """One update, see `Averages.update`.
-
-        Args:
-            tensors: the parameters in the order of the shelf.
-            weights: 1 - beta of each profile.
-            seed: of stochastic rounding.
-            source: which of several sets of tensors that take turns this is.
-            changed: its tensors are others than last time.
-        """
+        """One update, see `Kernel.update`."""
         if changed:
             self._prepare(tensors, source)
         if self._rounding is not None:

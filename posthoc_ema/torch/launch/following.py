@@ -22,10 +22,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from posthoc_ema.errors import PhemaError, TrackingError
-from posthoc_ema.torch.launch_models import Scan, class_name
-from posthoc_ema.torch.launch_resume import Mark, mark_of
-from posthoc_ema.torch.launch_run import TrackedRun
-from posthoc_ema.torch.launch_signals import Ending
+from posthoc_ema.torch.launch.models import Scan, class_name
+from posthoc_ema.torch.launch.resume import Mark, mark_of
+from posthoc_ema.torch.launch.run import TrackedRun
+from posthoc_ema.torch.launch.signals import Ending
 from posthoc_ema.torch.stepping import Iterations, outer_step, parameters_of
 
 _log = logging.getLogger("posthoc_ema")

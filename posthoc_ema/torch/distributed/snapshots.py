@@ -46,8 +46,8 @@ from posthoc_ema.snapshot_folder import NewAverage
 from posthoc_ema.store import SnapshotStore
 from posthoc_ema.synthesis.distributed_checkpoints import rank_shards, read_rank_shards
 from posthoc_ema.synthesis.foreign_tensors import FlatTensor
-from posthoc_ema.torch.ranks import Ranks
-from posthoc_ema.torch.sharding import Layout
+from posthoc_ema.torch.distributed.ranks import Ranks
+from posthoc_ema.torch.distributed.sharding import Layout
 from posthoc_ema.torch.snapshots import TakenSnapshot
 
 _PARTS = ".parts-"

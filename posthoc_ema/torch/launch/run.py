@@ -15,9 +15,11 @@ from torch.optim import Optimizer
 
 from posthoc_ema.errors import TrackingError
 from posthoc_ema.manifest import MANIFEST
-from posthoc_ema.torch.launch_leader import LastSeen
-from posthoc_ema.torch.launch_models import class_name
-from posthoc_ema.torch.launch_resume import (
+from posthoc_ema.torch.distributed.sharding import is_sharded
+from posthoc_ema.torch.launch.leader import LastSeen
+from posthoc_ema.torch.launch.models import class_name
+from posthoc_ema.torch.launch.options import tracker_options
+from posthoc_ema.torch.launch.resume import (
     STATE_FOLDER,
     Continuation,
     Mark,
@@ -28,42 +30,13 @@ from posthoc_ema.torch.launch_resume import (
     mark_of,
     times_of,
 )
-from posthoc_ema.torch.launch_states import KeptStates
-from posthoc_ema.torch.launch_weights import LastWeights
-from posthoc_ema.torch.sharding import is_sharded
+from posthoc_ema.torch.launch.states import KeptStates
+from posthoc_ema.torch.launch.weights import LastWeights
 from posthoc_ema.torch.state_files import load_state, saved_states
 from posthoc_ema.torch.stepping import Iterations, parameters_of
 from posthoc_ema.torch.tracker import Tracker
 
 _log = logging.getLogger("posthoc_ema")
-DEFAULT_EVERY = 1000
-
-
-def tracker_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Tracker` from values of the options of `phema track`."""
-    samples = options["samples_per_step"]
-    names = (
-        "update_every",
-        "dtype",
-        "keep",
-        "raw",
-        "tensors",
-        "kernel",
-        "average_dtype",
-        "on_error",
-    )
-    chosen = {name: options[name] for name in names}
-    if options["shard_averages"]:
-        chosen["shard_averages"] = True
-    return {
-        **chosen,
-        "sigma_rels": tuple(options["sigma_rels"]),
-        "every": options["every"] or DEFAULT_EVERY * (samples or 1),
-        "clock": "images" if samples else "steps",
-        "samples_per_step": samples,
-        "keep_range": tuple(options["keep_range"]),
-        "device": None if options["device"] == "auto" else options["device"],
-    }
 
 
 class _Moved(NamedTuple):
@@ -158,7 +131,9 @@ class TrackedRun:
                 "from here, not from the beginning of training.",
                 mark.counter,
             )
-        self.tracker = Tracker(module, folder, resume=taken, **tracker_options(options))
+        chosen = tracker_options(options)
+        self._every = int(chosen["every"])
+        self.tracker = Tracker(module, folder, resume=taken, **chosen)
         if found is not None:
             self._load(found)
             if options["resume"] == "nearest":
@@ -224,8 +199,7 @@ class TrackedRun:
             before = tracker.time
             tracker.step()
             self._remember()
-            every = self._every()
-            if tracker.time // every > before // every:
+            if tracker.time // self._every > before // self._every:
                 self._save()
                 self.report()
             if self._snapshot_wanted:
@@ -244,9 +218,6 @@ class TrackedRun:
             self.iterations.discard()
         else:
             self.iterations.settle()
-
-    def _every(self) -> int:
-        return int(tracker_options(self._options)["every"])
 
     def request_snapshot(self) -> None:
         """Store a snapshot now, or after the next step if the weights have been touched since the last."""
@@ -428,7 +399,7 @@ class TrackedRun:
             "sigma_rels": list(tracker.sigma_rels),
             "failure": tracker.failure,
             "ended": self._ended,
-            "every": self._every(),
+            "every": self._every,
             "remark": self._remark,
         }
         self._note("report", json.dumps(report))

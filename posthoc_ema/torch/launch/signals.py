@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from posthoc_ema.torch.stepping import running_steps
 
 if TYPE_CHECKING:
-    from posthoc_ema.torch.launch_run import TrackedRun
+    from posthoc_ema.torch.launch.run import TrackedRun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

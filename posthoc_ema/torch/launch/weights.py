@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from posthoc_ema.torch.sharding import is_sharded, local_part
+from posthoc_ema.torch.distributed.sharding import is_sharded, local_part
 
 _LOOKED_AT = 32
 _READ = 8

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_ema.torch.background import Background
-from posthoc_ema.torch.launch_resume import Mark, extra_of
+from posthoc_ema.torch.launch.resume import Mark, extra_of
 from posthoc_ema.torch.state_files import host_copy, remove_state, save_state, saved_states
 from posthoc_ema.torch.tracker import Tracker
 

@@ -1,0 +1,1 @@
+"""Several processes: sharded parameters, who tracks and writes what, snapshots of shards."""

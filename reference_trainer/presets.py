@@ -13,7 +13,7 @@ from reference_trainer.config import (
     TrainConfig,
 )
 
-DIGITS = DataConfig(name="digits", mean=-0.38938256298624063, scale=0.5 / 0.7517718239306926)
+DIGITS = DataConfig(name="digits", mean=(-0.38938256298624063,), scale=(0.5 / 0.7517718239306926,))
 """scikit-learn's digits; mean and standard deviation of pixel / 127.5 - 1 over all 1797 images."""
 
 

@@ -40,8 +40,8 @@ class ImageNetwork(Protocol):
     img_channels: int
     img_resolution: int
     label_dim: int
-    data_mean: float
-    data_scale: float
+    data_mean: Sequence[float]
+    data_scale: Sequence[float]
     training: bool
 
     def __call__(
@@ -174,7 +174,10 @@ def seeded_noise(
 
 
 def to_pixels(
-    x: torch.Tensor, *, data_mean: float = 0.0, data_scale: float = 1.0
+    x: torch.Tensor,
+    *,
+    data_mean: Sequence[float] = (0.0,),
+    data_scale: Sequence[float] = (1.0,),
 ) -> npt.NDArray[np.uint8]:
     """Map samples to 8-bit pixels: clip(127.5 (x / scale + mean) + 128, 0, 255), truncated.
 
@@ -192,7 +195,10 @@ def to_pixels(
         >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 7.0])).tolist()
         [0, 128, 255, 255]
     """
-    pixels = (127.5 * (x.float() / data_scale + data_mean) + 128).clamp(0, 255)
+    mean, scale = (torch.tensor(v, device=x.device) for v in (data_mean, data_scale))
+    if x.ndim == 4:
+        mean, scale = mean[:, None, None], scale[:, None, None]
+    pixels = (127.5 * (x.float() / scale + mean) + 128).clamp(0, 255)
     return pixels.to(torch.uint8).cpu().numpy()
 
 

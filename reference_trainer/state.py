@@ -67,7 +67,10 @@ class Batches:
         order = batch_indices(len(self.images), nimg, config.batch_size, config.seed)
         index = torch.from_numpy(order).to(self.images.device)
         pixels = self.images[index].to(torch.float32)
-        images = (pixels / 127.5 - 1 - config.data.mean) * config.data.scale
+        mean, scale = (
+            pixels.new_tensor(v)[:, None, None] for v in (config.data.mean, config.data.scale)
+        )
+        images = (pixels / 127.5 - 1 - mean) * scale
         return images, self.labels[index]
 
 

@@ -43,7 +43,7 @@ class ClassPainter(nn.Module):
         super().__init__()
         self.level = nn.Parameter(torch.tensor(20.0))
         self.img_channels, self.img_resolution, self.label_dim = 1, 8, label_dim
-        self.data_mean, self.data_scale = -0.4, 0.7
+        self.data_mean, self.data_scale = (-0.4,), (0.7,)
         self.modes = []
 
     def forward(self, x, sigma, labels=None):
@@ -51,7 +51,7 @@ class ClassPainter(nn.Module):
         self.modes.append(self.training)
         classes = torch.zeros(len(x)) if labels is None else labels
         pixels = self.level * classes.reshape(-1, 1, 1, 1)
-        return ((pixels / 127.5 - 1 - self.data_mean) * self.data_scale).expand_as(x)
+        return ((pixels / 127.5 - 1 - self.data_mean[0]) * self.data_scale[0]).expand_as(x)
 
 
 class PixelMixer(ClassPainter):
@@ -144,7 +144,7 @@ def test_labels_are_drawn_after_the_noise_and_cover_all_classes():
 def test_every_pixel_value_survives_the_way_to_the_network_and_back():
     pixels = torch.arange(256)
     x = (pixels / 127.5 - 1 + 0.39) * 0.665
-    assert to_pixels(x, data_mean=-0.39, data_scale=0.665).tolist() == pixels.tolist()
+    assert to_pixels(x, data_mean=(-0.39,), data_scale=(0.665,)).tolist() == pixels.tolist()
 
 
 def test_pixels_outside_the_range_are_clipped():

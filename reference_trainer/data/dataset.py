@@ -1,21 +1,78 @@
-"""The record of a data set in memory, and the table of built-in ones."""
+"""What every data set offers, and the one whose images are in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable
+import hashlib
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.errors import ConfigError
-from reference_trainer.data import digits
+Kind: TypeAlias = Literal["pixels", "latents"]
+Indices: TypeAlias = npt.NDArray[np.int64]
+Values: TypeAlias = npt.NDArray[Any]
+
+
+class Dataset(Protocol):
+    """Square images, or latents of images, that are read by index. Reading is thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """`"pixels"` (8-bit images) or `"latents"` (numbers of an autoencoder)."""
+        ...
+
+    @property
+    def resolution(self) -> int:
+        """Side of an item."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels that a network sees: C for latents stored as C means and C standard deviations."""
+        ...
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes, the largest label + 1; 0 without labels."""
+        ...
+
+    @property
+    def labels(self) -> Indices:
+        """Label of each item, int64 `[num_items]`, 0..label_dim - 1; zeros without labels."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of what is in it: names, sizes and labels, or the values.
+
+        It does not depend on where it is stored: a folder and a zip of the same files have the same.
+        """
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices) -> tuple[Values, Indices]:
+        """The items at `indices` `[n]`, in that order, and their labels, int64 `[n]`.
+
+        Returns:
+            Pixels, uint8 `[n, c, h, w]` in 0..255; latents, float32 `[n, c, h, w]`, or `[n, 2c, h, w]` of
+            means and then standard deviations.
+
+        Raises:
+            ConfigError: an item cannot be read, or is of another size than the first; names its file.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Dataset:
-    """Labelled 8-bit images in memory.
+class ArrayDataset:
+    """Labelled 8-bit images in memory; a `Dataset`.
 
     Attributes:
         name: the name given to `load_dataset`.
@@ -33,6 +90,11 @@ class Dataset:
         return len(self.images)
 
     @property
+    def kind(self) -> Kind:
+        """Always pixels."""
+        return "pixels"
+
+    @property
     def resolution(self) -> int:
         """Side of an image in pixels."""
         return int(self.images.shape[-1])
@@ -42,34 +104,20 @@ class Dataset:
         """Channels of an image: 1 for gray, 3 for RGB."""
         return int(self.images.shape[1])
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of shape, values and labels."""
+        shape = np.asarray(self.images.shape, np.int64)
+        return fingerprint(shape.data, np.ascontiguousarray(self.images).data, self.labels.data)
 
-def _digits() -> Dataset:
-    images, labels = digits.load_arrays()
-    return Dataset(name="digits", images=images, labels=labels, label_dim=10)
+    def read(self, indices: Indices) -> tuple[Values, Indices]:
+        """The images and labels at `indices`."""
+        return self.images[indices], self.labels[indices]
 
 
-_BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits}
-
-
-def load_dataset(name: str) -> Dataset:
-    """Load a built-in data set by name.
-
-    Args:
-        name: `"digits"`, scikit-learn's 1797 handwritten digits, 8x8 gray (no download).
-
-    Returns:
-        The data set; every call returns new arrays.
-
-    Raises:
-        ConfigError: the name is unknown, or the package that carries the images is not installed.
-
-    Example:
-        >>> dataset = load_dataset("digits")
-        >>> dataset.images.shape, dataset.label_dim
-        ((1797, 1, 8, 8), 10)
-    """
-    if name not in _BUILT_IN:
-        near = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.0)[0]
-        known = ", ".join(sorted(_BUILT_IN))
-        raise ConfigError(f"data set must be one of: {known}; got '{name}'. Did you mean '{near}'?")
-    return _BUILT_IN[name]()
+def fingerprint(*parts: bytes | memoryview) -> str:
+    """16 hex digits of some bytes, the same on every machine."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

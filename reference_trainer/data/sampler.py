@@ -59,3 +59,9 @@ def batch_indices(num_items: int, start: int, count: int, seed: int) -> npt.NDAr
     epochs = [_epoch_order(num_items, seed, epoch) for epoch in range(first, last + 1)]
     offset = start - first * num_items
     return np.concatenate(epochs)[offset : offset + count]
+
+
+def entropy(seed: int, nimg: int, use: int) -> int:
+    """64 well-mixed bits of (seed, images seen, use): neighbouring seeds share no stream."""
+    mixed = np.random.SeedSequence((seed, nimg), spawn_key=(use,)).generate_state(1, np.uint64)
+    return int(mixed[0])

@@ -1,0 +1,120 @@
+"""One stored file to an array: 8-bit images, and latents of an autoencoder."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_ema import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LATENT_SUFFIX = ".npy"
+MEAN_STD_PREFIX = "img-mean-std-"
+"""Latent files of this name hold means and then standard deviations (EDM2)."""
+
+_SAME = {"L": "L", "RGB": "RGB", "1": "L", "P": "RGB"}  # mode of a file -> mode of its pixels
+
+
+def open_image(data: bytes, where: str) -> Image:
+    """The image of a file's bytes, not decoded yet.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise ConfigError(
+            f"{where} is no image that can be read. Restore it, or leave it out of the data set."
+        ) from None
+
+
+def decode_pixels(data: bytes, where: str, side: int | None = None) -> npt.NDArray[np.uint8]:
+    """Pixels of an image file.
+
+    Args:
+        data: the file's bytes.
+        where: what to call it in messages.
+        side: the side that it must have; None for any square power of two.
+
+    Returns:
+        uint8 `[1, h, w]` for gray, `[3, h, w]` for RGB and palettes.
+
+    Raises:
+        ConfigError: it is damaged, of another size, or has other channels.
+    """
+    image = open_image(data, where)
+    check_side(image.size, where, side)
+    mode = _SAME.get(image.mode)
+    if mode is None:
+        raise ConfigError(
+            f"{where} has {len(image.getbands())} channels of mode {image.mode}; images must be 8-bit gray "
+            "or RGB. `phema dataset convert` makes them so."
+        )
+    pixels = np.asarray(loaded(image, where, mode))
+    return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def loaded(image: Image, where: str, mode: str) -> Image:
+    """Decode an opened image in a mode.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        image.load()
+        return image if image.mode == mode else image.convert(mode)
+    except (OSError, SyntaxError, ValueError):
+        raise ConfigError(
+            f"{where} is damaged: its pixels cannot be decoded. Restore it, or leave it out of the data "
+            "set."
+        ) from None
+
+
+def decode_latent(data: bytes, where: str, side: int | None = None) -> npt.NDArray[np.float32]:
+    """Numbers of a latent file (.npy), float32 `[channels, h, w]`.
+
+    Raises:
+        ConfigError: it is damaged, holds anything but finite floats, or is of another shape.
+    """
+    try:
+        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError):
+        raise ConfigError(
+            f"{where} is no .npy file of numbers that can be read. Make it again with `phema dataset "
+            "encode`."
+        ) from None
+    if values.ndim != 3 or not np.issubdtype(values.dtype, np.floating):
+        raise ConfigError(
+            f"{where} must hold floats of shape (channels, height, width), got {values.dtype} of shape "
+            f"{values.shape}. Make it again with `phema dataset encode`."
+        )
+    check_side((values.shape[2], values.shape[1]), where, side)
+    if not np.isfinite(values).all():
+        raise ConfigError(f"{where} holds numbers that are not finite. Make it again.")
+    return values.astype(np.float32, copy=False)
+
+
+def check_side(size: tuple[int, int], where: str, side: int | None) -> None:
+    """Check width and height.
+
+    Raises:
+        ConfigError: not square, no power of two, or another side than the one given.
+    """
+    width, height = size
+    remedy = f"`phema dataset convert --resolution {side or 64}` makes images of one size."
+    if side is not None and size != (side, side):
+        raise ConfigError(f"{where} is {width}x{height}, the others are {side}x{side}. {remedy}")
+    if width != height or width & (width - 1) or width == 0:
+        raise ConfigError(
+            f"{where} is {width}x{height}; items must be square with a side that is a power of two. "
+            f"{remedy}"
+        )

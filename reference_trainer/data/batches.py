@@ -7,10 +7,7 @@ uninterrupted one would have seen, whatever reads ahead and however many process
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,14 +17,13 @@ from torch import Tensor
 from posthoc_ema import ConfigError
 from reference_trainer.config import TrainConfig
 from reference_trainer.data.dataset import Dataset, Indices
+from reference_trainer.data.reading import ItemReader, PendingItems
 from reference_trainer.data.sampler import batch_indices, entropy
 
 RESIDENT_BYTES = 2**28
 """Data sets of up to this size are read once, before the first step, and stay on the device."""
 
 _LATENT = 2  # a use of the seed, apart from those of the trainer (reference_trainer.state)
-_CHUNK = 16  # items that one thread reads at a time
-_THREADS = 16
 
 
 class _Source(Protocol):
@@ -234,8 +230,8 @@ class _Streamed:
 
     def __init__(self, dataset: Dataset, order: _Order, device: torch.device) -> None:
         self._order, self._device = order, device
-        self._reader = _Reader(dataset, pinned=device.type == "cuda")
-        self._batches: dict[int, _Pending] = {}
+        self._reader = ItemReader(dataset, pinned=device.type == "cuda")
+        self._batches: dict[int, PendingItems] = {}
 
     def take(self, nimg: int) -> tuple[Tensor, Tensor]:
         wanted = [nimg + k * self._order.batch_size for k in range(self._AHEAD + 1)]
@@ -255,64 +251,7 @@ class _Streamed:
         self._reader.close()
 
 
-class _Reader:
-    """Reads items by threads, into memory that a device can copy from while it computes."""
-
-    def __init__(self, dataset: Dataset, pinned: bool = False) -> None:
-        self._dataset, self._pinned = dataset, pinned
-        first, _ = dataset.read(np.zeros(1, np.int64))
-        self._shape, self._dtype = first.shape[1:], torch.from_numpy(first).dtype
-        self._pool = ThreadPoolExecutor(num_threads(), "phema-data")
-
-    def begin(self, indices: Indices) -> _Pending:
-        """Start reading items; nothing waits."""
-        values = torch.empty(
-            (len(indices), *self._shape), dtype=self._dtype, pin_memory=self._pinned
-        )
-        labels = torch.empty(len(indices), dtype=torch.int64, pin_memory=self._pinned)
-        into, labels_into = values.numpy(), labels.numpy()
-
-        def read(start: int) -> None:
-            part = slice(start, start + _CHUNK)
-            into[part], labels_into[part] = self._dataset.read(indices[part])
-
-        starts = range(0, len(indices), _CHUNK)
-        return _Pending(values, labels, [self._pool.submit(read, start) for start in starts])
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """Items that threads are reading, in chunks."""
-
-    values: Tensor
-    labels: Tensor
-    chunks: list[Future[None]]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Wait; the first error of a chunk is raised here."""
-        try:
-            for chunk in self.chunks:
-                chunk.result()
-        except BaseException:
-            self.cancel()
-            raise
-        return self.values, self.labels
-
-    def cancel(self) -> None:
-        """Drop what has not begun."""
-        for chunk in self.chunks:
-            chunk.cancel()
-
-
 def read_all(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """All items and their labels, read by threads."""
-    with contextlib.closing(_Reader(dataset)) as reader:
+    with contextlib.closing(ItemReader(dataset)) as reader:
         return reader.begin(np.arange(len(dataset))).result()
-
-
-def num_threads() -> int:
-    """Threads that read: as many as this process may use processors, at most 16."""
-    return min(_THREADS, len(os.sched_getaffinity(0)))

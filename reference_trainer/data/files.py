@@ -100,6 +100,10 @@ class FileDataset:
             )
         return stored[0]
 
+    def where(self, index: int) -> str:
+        """What to call an item in messages."""
+        return self._where(self.names[index])
+
     def _where(self, name: str) -> str:
         return f"{self._files.path}/{name}"
 
@@ -187,14 +191,22 @@ def item_labels(
                 f"{files.path}/{LABELS_FILE} has no label for {name}. Add it, or write "
                 '{"labels": null} for data without labels.'
             )
-        label = table[name]
-        if type(label) is not int or not 0 <= label < MAX_LABEL:
-            raise ConfigError(
-                f"{files.path}/{LABELS_FILE}: the label of {name} must be an integer in 0..{MAX_LABEL - 1}, "
-                f"got {brief(label)}. Number the classes from 0."
-            )
-        labels.append(label)
+        check_label(table[name], f"{files.path}/{LABELS_FILE}, {name}")
+        labels.append(table[name])
     return labels
+
+
+def check_label(label: object, where: str) -> None:
+    """Check the number of a class.
+
+    Raises:
+        ConfigError: it is no integer, negative or absurdly large.
+    """
+    if type(label) is not int or not 0 <= label < MAX_LABEL:
+        raise ConfigError(
+            f"{where}: a label must be an integer in 0..{MAX_LABEL - 1}, got {brief(label)}. "
+            "Number the classes from 0."
+        )
 
 
 def labels_of_folders(names: Sequence[str]) -> list[int] | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, overload
 
 from posthoc_ema.errors import ConfigError
 from reference_trainer.config import DataConfig
-from reference_trainer.data import digits
+from reference_trainer.data import digits, photos
 from reference_trainer.data.dataset import ArrayDataset, Dataset
 from reference_trainer.data.files import open_dataset
+from reference_trainer.data.hugging_face import is_saved_dataset, open_saved_dataset
 
 
 def _digits() -> ArrayDataset:
@@ -19,14 +22,24 @@ def _digits() -> ArrayDataset:
     return ArrayDataset(name="digits", images=images, labels=labels, label_dim=10)
 
 
-_BUILT_IN: dict[str, Callable[[], ArrayDataset]] = {"digits": _digits}
+def _photos(side: int) -> ArrayDataset:
+    images, labels = photos.load_arrays(side)
+    classes = len(photos.PHOTOGRAPHS)
+    return ArrayDataset(name=f"photos-{side}", images=images, labels=labels, label_dim=classes)
+
+
+_BUILT_IN: dict[str, Callable[[], ArrayDataset]] = {
+    "digits": _digits,
+    **{f"photos-{side}": functools.partial(_photos, side) for side in photos.STRIDES},
+}
 
 
 def load_built_in(name: str) -> ArrayDataset:
     """Load a built-in data set, which is in memory.
 
     Args:
-        name: `"digits"`, scikit-learn's 1797 handwritten digits, 8x8 gray (no download).
+        name: `"digits"`, scikit-learn's 1797 handwritten digits, 8x8 gray; `"photos-16"`, `"photos-32"`
+            or `"photos-64"`, RGB patches of eight photographs. Nothing is downloaded.
 
     Raises:
         ConfigError: the name is unknown, or the package that carries the images is not installed.
@@ -44,7 +57,9 @@ def load_built_in(name: str) -> ArrayDataset:
 
 
 @overload
-def load_dataset(source: Literal["digits"]) -> ArrayDataset: ...
+def load_dataset(
+    source: Literal["digits", "photos-16", "photos-32", "photos-64"],
+) -> ArrayDataset: ...
 @overload
 def load_dataset(source: DataConfig | str) -> Dataset: ...
 def load_dataset(source: DataConfig | str) -> Dataset:
@@ -64,7 +79,31 @@ def load_dataset(source: DataConfig | str) -> Dataset:
     if isinstance(source, DataConfig):
         if source.path is None:
             return load_built_in(source.name)
-        return open_dataset(Path(source.path), source.name)
-    if source not in _BUILT_IN and Path(source).exists():
-        return open_dataset(Path(source))
-    return load_built_in(source)
+        return open_path(Path(source.path), source.name)
+    return open_path(Path(source)) if is_path(source) else load_built_in(source)
+
+
+def is_path(source: str) -> bool:
+    """Whether a text means a path: it is not the name of a built-in data set, and exists or looks like one.
+
+    Example:
+        >>> is_path("digits"), is_path("./digits"), is_path("data/img64.zip")
+        (False, True, True)
+    """
+    looks = os.sep in source or source.endswith(".zip")
+    return source not in _BUILT_IN and (looks or Path(source).exists())
+
+
+def open_path(path: Path, name: str | None = None) -> Dataset:
+    """The data set at a path: Hugging Face's if it was saved by `datasets`, else files.
+
+    Args:
+        path: folder or zip.
+        name: what to call it in messages; by default the path's last part.
+
+    Raises:
+        ConfigError: it cannot be used; names the file.
+    """
+    if is_saved_dataset(path):
+        return open_saved_dataset(path, name or path.stem)
+    return open_dataset(path, name)

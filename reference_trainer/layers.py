@@ -1,8 +1,9 @@
-"""Magnitude-preserving layers of EDM2 (arXiv 2312.02696, sections 2.3 and B.4 to B.7).
+"""Layers of the EDM2 networks (arXiv 2312.02696, sections 2 and B), one function or module per equation.
 
-Every layer keeps the expected magnitude of its activations: if the entries of the input have root mean
-square 1, so have those of the output. One function or module per equation; the networks are built of
-them in `reference_trainer.networks`. Activations are `[n, c, h, w]`, embeddings `[n, c]`.
+The magnitude-preserving ones keep the expected magnitude of their activations: if the entries of the
+input have root mean square 1, so have those of the output. The older ones of configs A to F stand beside
+them; `reference_trainer.networks` builds networks of both. Activations are `[n, c, h, w]`, embeddings
+`[n, c]`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ SILU_MAGNITUDE = 0.596
 """Root mean square of silu(a) for a ~ N(0, 1); 0.596469 to more digits, the paper rounds."""
 
 Resampling = Literal["keep", "down", "up"]
+Weights = Literal["plain", "normalized", "forced"]
+Init = Literal["normal", "uniform", "zero"]
 
 
 class _Normalize(torch.autograd.Function):
@@ -70,8 +73,16 @@ def rms_normalize(a: Tensor, dim: int | tuple[int, ...], gain: float = 1.0) -> T
         >>> rms_normalize(torch.tensor([[3.0, 3.0]]), dim=1).round(decimals=3)
         tensor([[1., 1.]])
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the formula and its derivative itself
+        return _normalized(a, dim, gain)
     y: Tensor = _Normalize.apply(a, dim, gain)
     return y
+
+
+def _normalized(a: Tensor, dim: int | tuple[int, ...], gain: float) -> Tensor:
+    norm = torch.linalg.vector_norm(a, dim=dim, keepdim=True, dtype=torch.float32)
+    factor = gain / (EPSILON + norm * math.sqrt(norm.numel() / a.numel()))
+    return a * factor.to(a.dtype)
 
 
 def mp_silu(a: Tensor) -> Tensor:
@@ -129,103 +140,194 @@ def resample(x: Tensor, mode: Resampling) -> Tensor:
     return x
 
 
-class MPFourier(nn.Module):
-    """Random Fourier features sqrt(2) cos(2 pi (f_i c + phi_i)) (EDM2 section B.7).
+class Fourier(nn.Module):
+    """Random Fourier features cos(2 pi (f_i c + phi_i)), times sqrt(2) in config G (EDM2 B.3, B.7).
 
     The frequencies N(0, 1) and phases U(0, 1) are buffers: drawn once, never trained, never averaged.
 
     Args:
         num_channels: number of features.
+        magnitude: factor of the features; sqrt(2) gives them unit magnitude.
     """
 
     freqs: Tensor
     phases: Tensor
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, magnitude: float = math.sqrt(2)) -> None:
         super().__init__()
+        self.magnitude = magnitude
         self.register_buffer("freqs", torch.randn(num_channels))
         self.register_buffer("phases", torch.rand(num_channels))
 
     def forward(self, c: Tensor) -> Tensor:
         """Features `[n, num_channels]`, float32, of numbers `c` `[n]`."""
         angle = torch.outer(c.to(torch.float32), self.freqs) + self.phases
-        return angle.mul(2 * math.pi).cos().mul(math.sqrt(2))
+        return angle.mul(2 * math.pi).cos().mul(self.magnitude)
 
 
-class MPConv(nn.Module):
-    """Convolution or linear layer with normalised weights and no bias (EDM2 eqs. 46, 47, 66).
+class Positional(nn.Module):
+    """Cosines and sines of c at the frequencies 10000^(-k / (N / 2)), k < N / 2 (configs A and B).
 
-    The stored weight of each output has norm sqrt(fan_in); what is applied has norm 1. Two
-    normalisations, and both are needed (EDM2 B.5): the training forward first resets the stored weight
-    in place, so that the effective learning rate cannot decay by growth of the weights; then the applied
-    weight is a differentiable function of it, so that the gradient is orthogonal to the weight. In
-    evaluation only the second happens, which is also what makes averaged weights usable: an average of
-    unit vectors is shorter than one.
+    Args:
+        num_channels: N, the number of features; even.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        half = num_channels // 2
+        freqs = torch.tensor(10000.0) ** (-torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def forward(self, c: Tensor) -> Tensor:
+        """Features `[n, num_channels]`, float32, of numbers `c` `[n]`."""
+        angle = torch.outer(c.to(torch.float32), self.freqs)
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Conv(nn.Module):
+    """Convolution or linear layer, its weights plain or normalised (EDM2 eqs. 46, 47, 66).
+
+    "normalized" applies rows of norm 1, a differentiable function of what is stored, so that the gradient
+    is orthogonal to the weight (config D). "forced" needs `force_norm` before every step besides, which
+    resets the stored rows to norm sqrt(fan_in), so that the effective learning rate cannot decay by growth
+    of the weights (EDM2 B.5). The normalisation of what is applied is also what makes averaged weights
+    usable: an average of unit vectors is shorter than one.
 
     Args:
         in_channels: input channels.
         out_channels: output channels.
         kernel: side of the square kernel (odd), or 0 for a linear layer.
+        weights: see above; "plain" applies what is stored.
+        init: "normal" N(0, 1), "uniform" in +-1/sqrt(fan_in), or "zero". A bias is drawn likewise.
+        bias: whether there is one.
+
+    Attributes:
+        folded: the stored weight is what is applied, gains included (evaluation copies only).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        weights: Weights = "forced",
+        init: Init = "normal",
+        bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self.weights, self.folded = kernel, weights, False
         spatial = (kernel, kernel) if kernel else ()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *spatial))
+        fan_in = in_channels * max(kernel, 1) ** 2
+        self.weight = nn.Parameter(_drawn((out_channels, in_channels, *spatial), init, fan_in))
+        self.bias = nn.Parameter(_drawn((out_channels,), init, fan_in)) if bias else None
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """Apply to `x` (`[n, c, h, w]`, or `[n, c]` for a linear layer), scaled by `gain`."""
-        if self.training:
-            self.force_norm()
-        w = self.unit_weight(gain).to(x.dtype)
+        """Apply to `x` (`[n, c, h, w]`, or `[n, c]` for a linear layer), the weight scaled by `gain`."""
+        w = self.weight if self.folded else self.applied_weight(gain).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kernel:
-            return functional.conv2d(x, w, padding=self.kernel // 2)
-        return functional.linear(x, w)
+            return functional.conv2d(x, w, bias, padding=self.kernel // 2)
+        return functional.linear(x, w, bias)
 
     @torch.no_grad()
     def force_norm(self) -> None:
-        """Reset every stored row to norm sqrt(fan_in), in place (EDM2 eq. 66)."""
-        self.weight.copy_(rms_normalize(self.weight, self._fan_in_axes))
+        """Reset every stored row to norm sqrt(fan_in), in place (EDM2 eq. 66); only if "forced"."""
+        if self.weights == "forced":
+            weight = local_part(self.weight)
+            if weight.numel():
+                weight.copy_(rms_normalize(weight, self._fan_in_axes))
 
-    def unit_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """The weight that is applied: rows of norm `gain`, float32 (EDM2 eq. 47)."""
-        inverse_root_n = 1 / math.sqrt(self.weight[0].numel())
+    def applied_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """The weight that is applied, float32: rows of norm `gain`, or `gain` times what is stored."""
         w = self.weight.to(torch.float32)
+        if self.weights == "plain":
+            return w if isinstance(gain, float) and gain == 1.0 else w * gain
+        inverse_root_n = 1 / math.sqrt(self.weight[0].numel())
         if isinstance(gain, Tensor):
             return rms_normalize(w, self._fan_in_axes, inverse_root_n) * gain
         return rms_normalize(w, self._fan_in_axes, inverse_root_n * gain)
+
+    @torch.no_grad()
+    def fold(self, gain: Tensor | float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+        """Store what is applied, so that evaluations need not compute it again; cannot be undone."""
+        w = self.applied_weight(gain).to(dtype)
+        # Convolutions of activations in this memory format otherwise reorder the weight every time.
+        w = w.to(memory_format=torch.channels_last) if self.kernel else w
+        self.weight, self.folded = nn.Parameter(w, requires_grad=False), True
 
     @property
     def _fan_in_axes(self) -> tuple[int, ...]:
         return (1, 2, 3) if self.kernel else (1,)
 
 
-class CosineAttention(nn.Module):
-    """Self-attention with normalised queries, keys and values (EDM2 sections B.3 and B.7).
+def _drawn(shape: tuple[int, ...], init: Init, fan_in: int) -> Tensor:
+    if init == "normal":
+        return torch.randn(shape)
+    if init == "zero":
+        return torch.zeros(shape)
+    return (torch.rand(shape) * 2 - 1) / math.sqrt(fan_in)
 
-    With d channels per head the logits are q.k / sqrt(d) = sqrt(d) cos(angle). The channels of `qkv` are
-    ordered by query, key, value, then head, then channel within the head.
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor that is sharded along its first axis; a plain tensor itself."""
+    shard = getattr(tensor, "to_local", None)  # torch.distributed's DTensor
+    return tensor if shard is None else shard()
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (configs A and B), or division by the group's root mean square (C to E).
+
+    With `affine`, mean and deviation are taken out and a learned scale and bias applied (epsilon 1e-5,
+    inside the root). Without, b = a / (1e-4 + RMS(a)) over pixels and the group's channels (EDM2 B.3).
+    There are 32 groups, or as many as leave 4 channels to each, as in EDM.
 
     Args:
-        channels: channels of the main path.
-        num_heads: a divisor of `channels`.
-        balance: share of the attention branch in the sum, t of `mp_sum`.
+        channels: channels of the input.
+        affine: see above.
     """
 
-    def __init__(self, channels: int, num_heads: int, balance: float) -> None:
+    def __init__(self, channels: int, affine: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.share_x, self.share_y = mp_sum_shares(balance)
-        self.qkv = MPConv(channels, 3 * channels, kernel=1)
-        self.proj = MPConv(channels, channels, kernel=1)
+        self.num_groups = math.gcd(channels, min(32, max(1, channels // 4)))
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[n, c, h, w]` to the same shape, the residual sum included."""
+        """`[n, c, h, w]` to the same shape and dtype."""
+        if self.weight is not None:
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # type: ignore[union-attr]
+            return functional.group_norm(x, self.num_groups, weight, bias, eps=1e-5)
         n, c, h, w = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1)  # a view: activations are in channels-last memory
-        qkv = qkv.reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
-        q, k, v = rms_normalize(qkv, dim=4).transpose(1, 3).unbind(2)  # each [n, heads, h * w, d]
-        y = functional.scaled_dot_product_attention(q, k, v)
-        y = y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return torch.add(self.proj(y, gain=self.share_y), x, alpha=self.share_x)  # mp_sum
+        # Channels innermost, as the activations lie in memory: a view and not a copy.
+        groups = x.permute(0, 2, 3, 1).reshape(n, h * w, self.num_groups, c // self.num_groups)
+        y = rms_normalize(groups, dim=(1, 3))
+        return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def attend(qkv: Tensor, num_heads: int, *, cosine: bool, in_float32: bool = False) -> Tensor:
+    """Self-attention over the pixels: softmax(q.k / sqrt(d)) v (EDM2 sections B.1, B.3 and B.7).
+
+    With `cosine`, queries, keys and values are normalised over the d channels of each head, so the
+    logits are sqrt(d) cos(angle).
+
+    Args:
+        qkv: `[n, 3 c, h, w]`, channels ordered by query, key, value, then head, then channel within it.
+        num_heads: a divisor of c.
+        cosine: see above.
+        in_float32: compute in float32 whatever the dtype of `qkv`.
+
+    Returns:
+        `[n, c, h, w]`, dtype of `qkv`.
+    """
+    n, channels, h, w = qkv.shape
+    c = channels // 3
+    heads = qkv.permute(0, 2, 3, 1)  # a view: activations are in channels-last memory
+    heads = heads.reshape(n, h * w, 3, num_heads, c // num_heads)
+    heads = heads.to(torch.float32) if in_float32 else heads
+    heads = rms_normalize(heads, dim=4) if cosine else heads
+    q, k, v = heads.transpose(1, 3).unbind(2)  # each [n, heads, h * w, d]
+    y = functional.scaled_dot_product_attention(q, k, v).to(qkv.dtype)
+    return y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""The U-Net of EDM2, config G, for any power-of-two resolution.
+"""The U-Nets of EDM2, configs A to G, for any power-of-two resolution.
 
 `plan_unet` decides the topology as plain records, one per block; `UNet` only builds and connects what
-the plan says. The other configurations of the paper (A to F) share the plan and differ in the modules
-that a record is turned into.
+the plan says. The configs share the plan: every choice of `NetworkConfig` is one decision in one of the
+modules below.
 
 Encoder, per level: one block that halves the resolution (not at the finest level), then `num_blocks`
 blocks. Decoder, per level from the coarsest: two blocks at the coarsest level, or one block that doubles
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,15 @@ from torch.nn import functional
 from reference_trainer.config import NetworkConfig
 from reference_trainer.layers import (
     SILU_MAGNITUDE,
-    CosineAttention,
-    MPConv,
-    MPFourier,
+    Conv,
+    Fourier,
+    GroupNorm,
+    Init,
+    Positional,
     Resampling,
+    Weights,
+    attend,
     mp_cat,
-    mp_silu,
-    mp_sum,
     mp_sum_shares,
     resample,
     rms_normalize,
@@ -138,96 +141,199 @@ def _plan_decoder(config: NetworkConfig, skips: list[int]) -> tuple[BlockPlan, .
     return tuple(blocks)
 
 
-class ResidualBranch(nn.Module):
-    """conv3x3(mp_silu(x)), modulated by the embedding, mp_silu, dropout, conv3x3 (EDM2 section B.7).
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Makes the layers that a configuration asks for, and knows the constants of its functions.
 
-    Constant factors of activations (that of mp_silu, the branch's share in the sum that follows) are
-    moved into the gain of a convolution beside them: same function, fewer passes over memory.
+    Magnitude-preserving functions differ from plain ones by constant factors. These are moved into the
+    gain of a convolution beside them: same function, fewer passes over memory.
+
+    Attributes:
+        config: the network's configuration.
+    """
+
+    config: NetworkConfig
+
+    @property
+    def magnitude_preserving(self) -> bool:
+        """Whether fixed functions keep unit magnitude (config G)."""
+        return self.config.functions == "magnitude-preserving"
+
+    @property
+    def silu_gain(self) -> float:
+        """What undoes the shrinking by silu in the layer after it."""
+        return 1 / SILU_MAGNITUDE if self.magnitude_preserving else 1.0
+
+    def sum_shares(self, balance: float) -> tuple[float, float]:
+        """Factors of main path and branch in a sum: those of `mp_sum`, or 1 and 1."""
+        return mp_sum_shares(balance) if self.magnitude_preserving else (1.0, 1.0)
+
+    def conv(self, in_channels: int, out_channels: int, kernel: int, *, last: bool = False) -> Conv:
+        """A layer; `last` is where a residual branch or the network ends."""
+        zero = last and self.config.init == "zero-residual"
+        init: Init = "zero" if zero else "normal" if self.config.init == "normal" else "uniform"
+        weights = cast(Weights, self.config.weights)
+        bias = self.config.biases
+        return Conv(in_channels, out_channels, kernel, weights=weights, init=init, bias=bias)
+
+    def norm(self, channels: int) -> nn.Module:
+        """What precedes an activation: group normalisation, or nothing."""
+        if self.config.norm == "pixel":
+            return nn.Identity()
+        return GroupNorm(channels, affine=self.config.norm == "group")
+
+    def features(self, channels: int) -> nn.Module:
+        """Features of the noise level."""
+        if self.config.embedding == "positional":
+            return Positional(channels)
+        return Fourier(channels, math.sqrt(2) if self.magnitude_preserving else 1.0)
+
+
+class ResidualBranch(nn.Module):
+    """norm, silu, conv3x3, modulation by the embedding, silu, dropout, conv3x3 (EDM2 sections B.1, B.7).
 
     Args:
         in_channels: channels at the entry.
         out_channels: channels at the exit.
-        emb_channels: channels of the embedding.
-        dropout: probability of dropping an activation.
-        share: factor of the output.
+        config: the network's configuration.
+        resampling: change of resolution inside the branch.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, dropout: float, share: float
+        self, in_channels: int, out_channels: int, config: NetworkConfig, resampling: Resampling
     ) -> None:
         super().__init__()
-        self.dropout, self.share = dropout, share
-        self.conv0 = MPConv(in_channels, out_channels, kernel=3)
-        self.emb = MPConv(emb_channels, out_channels, kernel=0)
-        self.emb_gain = nn.Parameter(torch.zeros(()))
-        self.conv1 = MPConv(out_channels, out_channels, kernel=3)
+        parts = Parts(config)
+        emb_channels = embedding_channels(config)
+        self.dropout, self.resampling = config.dropout, resampling
+        self.silu_gain, self.share = parts.silu_gain, parts.sum_shares(config.res_balance)[1]
+        self.shifts = config.modulation == "scale-shift"
+        self.norm0 = parts.norm(in_channels)
+        self.conv0 = parts.conv(in_channels, out_channels, 3)
+        self.norm1 = parts.norm(out_channels)
+        self.emb = parts.conv(emb_channels, out_channels * (2 if self.shifts else 1), 0)
+        self.emb_gain = nn.Parameter(torch.zeros(1)) if config.gains else None
+        self.conv1 = parts.conv(out_channels, out_channels, 3, last=True)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`[n, in, h, w]` and `[n, emb]` to `[n, out, h, w]`."""
-        y = self.conv0(functional.silu(x), gain=1 / SILU_MAGNITUDE)
-        modulation = self.emb(emb, gain=self.emb_gain) + 1
-        y = functional.silu(y * modulation[:, :, None, None].to(y.dtype))
+        """`[n, in, h, w]` and `[n, emb]` to `[n, out, h', w']`, times its share in the sum."""
+        y = resample(functional.silu(self.norm0(x)), self.resampling)
+        y = self.norm1(self.conv0(y, gain=self.silu_gain))
+        modulation = self.emb(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)
+        modulation = modulation[:, :, None, None].to(y.dtype)
+        if self.shifts:
+            scale, shift = modulation.chunk(2, dim=1)
+            y = torch.addcmul(shift, y, scale + 1)
+        else:
+            y = y * (modulation + 1)
+        y = functional.silu(y)
         if self.dropout:
             y = functional.dropout(y, self.dropout, training=self.training)
-        return self.conv1(y, gain=self.share / SILU_MAGNITUDE)
+        return self.conv1(y, gain=self.share * self.silu_gain)
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Store the weights that are applied; the embedding stays in float32."""
+        self.conv0.fold(self.silu_gain, dtype)
+        self.conv1.fold(self.share * self.silu_gain, dtype)
+        self.emb.fold(1.0 if self.emb_gain is None else self.emb_gain)
 
 
 class Block(nn.Module):
-    """What the two kinds of block share: branch, 1x1 convolution, attention, clamp.
+    """One residual block of encoder or decoder: branch beside the main path, attention, clamp.
+
+    In the newer topology ("edm2") resampling and, in the encoder, the change of channels come first, on
+    the main path; in the older one ("adm") the branch has its own resampling and the 1x1 convolution
+    stands beside it.
 
     Args:
         plan: the block's record.
-        branch_channels: channels at the entry of the residual branch.
         config: the network's configuration.
+        encoder: whether the block is one of the encoder's.
     """
 
-    def __init__(self, plan: BlockPlan, branch_channels: int, config: NetworkConfig) -> None:
+    def __init__(self, plan: BlockPlan, config: NetworkConfig, *, encoder: bool) -> None:
         super().__init__()
-        self.resampling: Resampling = plan.resampling
-        self.clip = config.clip_act
-        self.share_x, share_y = mp_sum_shares(config.res_balance)
+        parts = Parts(config)
+        early = config.block == "edm2"
         entry, out = plan.in_channels + plan.skip_channels, plan.out_channels
-        emb_channels = embedding_channels(config)
-        self.conv_skip = MPConv(entry, out, kernel=1) if entry != out else nn.Identity()
-        self.branch = ResidualBranch(branch_channels, out, emb_channels, config.dropout, share_y)
-        heads = max(1, out // config.channels_per_head)
-        self.attention = (
-            CosineAttention(out, heads, config.attn_balance) if plan.attention else nn.Identity()
-        )
+        self.takes_skip = plan.skip_channels > 0
+        self.resampling: Resampling = plan.resampling
+        self.resamples_first = early
+        self.converts_first = early and encoder
+        self.pixel_norm = config.norm == "pixel" and encoder
+        self.concat_balance = config.concat_balance if parts.magnitude_preserving else None
+        self.clip = config.clip_act
+        self.share_x = parts.sum_shares(config.res_balance)[0]
+        self.conv_skip = parts.conv(entry, out, 1) if entry != out else None
+        branch_entry = out if self.converts_first else entry
+        inside: Resampling = "keep" if early else plan.resampling
+        self.branch = ResidualBranch(branch_entry, out, config, inside)
+        self.attention = Attention(out, config) if plan.attention else None
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the branch `y`, which has its share already, to the main path `x`; attend, clamp."""
-        x = self.attention(torch.add(y, x, alpha=self.share_x))  # mp_sum
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """`[n, in, h, w]`, `[n, emb]` and `[n, skip, h, w]` to `[n, out, h', w']`."""
+        x = x if skip is None else self._joined(x, skip)
+        if self.resamples_first:
+            x = resample(x, self.resampling)
+        if self.converts_first:
+            x = self._converted(x)
+        if self.pixel_norm:
+            x = rms_normalize(x, dim=1)
+        y = self.branch(x, emb)
+        if not self.resamples_first:
+            x = resample(x, self.resampling)
+        if not self.converts_first:
+            x = self._converted(x)
+        x = torch.add(y, x, alpha=self.share_x)
+        x = x if self.attention is None else self.attention(x)
         # hardtanh is clamp with a cheaper backward.
         return x if self.clip is None else functional.hardtanh(x, -self.clip, self.clip)
 
+    def fold(self, dtype: torch.dtype) -> None:
+        """Store the weights that are applied."""
+        self.branch.fold(dtype)
+        if self.conv_skip is not None:
+            self.conv_skip.fold(dtype=dtype)
+        if self.attention is not None:
+            self.attention.fold(dtype)
 
-class EncoderBlock(Block):
-    """Block of the encoder: resample, change channels, pixel norm, then branch (EDM2 B.6, B.7)."""
+    def _joined(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.concat_balance is None:
+            return torch.cat([x, skip], dim=1)
+        return mp_cat(x, skip, self.concat_balance)
 
-    def __init__(self, plan: BlockPlan, config: NetworkConfig) -> None:
-        super().__init__(plan, plan.out_channels, config)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """`[n, in, h, w]` and `[n, emb]` to `[n, out, h', w']`."""
-        x = rms_normalize(self.conv_skip(resample(x, self.resampling)), dim=1)
-        return self.finish(x, self.branch(x, emb))
+    def _converted(self, x: Tensor) -> Tensor:
+        return x if self.conv_skip is None else self.conv_skip(x)
 
 
-class DecoderBlock(Block):
-    """Block of the decoder: take the skip connection, resample, branch, change channels."""
+class Attention(nn.Module):
+    """Self-attention with its residual sum (EDM2 sections B.1, B.3 and B.7).
 
-    def __init__(self, plan: BlockPlan, config: NetworkConfig) -> None:
-        super().__init__(plan, plan.in_channels + plan.skip_channels, config)
-        self.concat_balance = config.concat_balance
-        self.takes_skip = plan.skip_channels > 0
+    Args:
+        channels: channels of the main path.
+        config: the network's configuration.
+    """
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
-        """`[n, in, h, w]`, `[n, emb]` and `[n, skip, h, w]` to `[n, out, h', w']`."""
-        if skip is not None:
-            x = mp_cat(x, skip, self.concat_balance)
-        x = resample(x, self.resampling)
-        return self.finish(self.conv_skip(x), self.branch(x, emb))
+    def __init__(self, channels: int, config: NetworkConfig) -> None:
+        super().__init__()
+        parts = Parts(config)
+        self.cosine, self.in_float32 = config.attention == "cosine", config.attention_float32
+        self.num_heads = max(1, channels // config.channels_per_head)
+        self.share_x, self.share_y = parts.sum_shares(config.attn_balance)
+        self.norm = nn.Identity() if self.cosine else parts.norm(channels)
+        self.qkv = parts.conv(channels, 3 * channels, 1)
+        self.proj = parts.conv(channels, channels, 1, last=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, c, h, w]` to the same shape."""
+        qkv = self.qkv(self.norm(x))
+        y = attend(qkv, self.num_heads, cosine=self.cosine, in_float32=self.in_float32)
+        return torch.add(self.proj(y, gain=self.share_y), x, alpha=self.share_x)
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Store the weights that are applied."""
+        self.qkv.fold(dtype=dtype)
+        self.proj.fold(self.share_y, dtype)
 
 
 def embedding_channels(config: NetworkConfig) -> int:
@@ -236,7 +342,7 @@ def embedding_channels(config: NetworkConfig) -> int:
 
 
 class Embedding(nn.Module):
-    """Noise level and label to one vector (EDM2 section B.7).
+    """Noise level and label to one vector, in float32 (EDM2 sections B.1 and B.7).
 
     Args:
         config: the network's configuration.
@@ -244,37 +350,62 @@ class Embedding(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        channels = embedding_channels(config)
-        self.label_dim, self.balance = config.label_dim, config.label_balance
-        self.fourier = MPFourier(config.model_channels)
-        self.noise = MPConv(config.model_channels, channels, kernel=0)
-        self.label = MPConv(config.label_dim, channels, kernel=0) if config.label_dim else None
+        parts, channels = Parts(config), embedding_channels(config)
+        self.features = parts.features(config.model_channels)
+        self.noise = parts.conv(config.model_channels, channels, 0)
+        self.noise1 = parts.conv(channels, channels, 0) if config.embedding_layers == 2 else None
+        self.label = None
+        if config.label_dim:
+            # Configs A and B draw class embeddings from N(0, 1), whatever the other layers do.
+            init: Init = "uniform" if config.init == "uniform" else "normal"
+            weights = cast(Weights, config.weights)
+            self.label = Conv(config.label_dim, channels, 0, weights=weights, init=init)
+        self.label_scale = math.sqrt(config.label_dim) if config.scale_labels else 1.0
+        self.shares = parts.sum_shares(config.label_balance)
+        self.silu_gain = parts.silu_gain
 
     def forward(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """`[n]` and one-hot `[n, label_dim]` (ignored when unconditional) to float32 `[n, emb]`."""
-        emb = self.noise(self.fourier(c_noise))
+        emb = self.noise(self.features(c_noise))
+        if self.noise1 is not None:
+            emb = self.noise1(functional.silu(emb), gain=self.silu_gain)
         if self.label is not None and labels is not None:
-            scaled = labels.to(torch.float32) * math.sqrt(self.label_dim)
-            emb = mp_sum(emb, self.label(scaled), self.balance)
-        return mp_silu(emb)
+            share_noise, share_label = self.shares
+            of_label = self.label(labels.to(torch.float32) * self.label_scale)
+            emb = torch.add(emb * share_noise, of_label, alpha=share_label)
+        return functional.silu(emb) * self.silu_gain
+
+    def fold(self) -> None:
+        """Store the weights that are applied."""
+        self.noise.fold()
+        if self.noise1 is not None:
+            self.noise1.fold(self.silu_gain)
+        if self.label is not None:
+            self.label.fold()
 
 
 class UNet(nn.Module):
-    """The network F of the preconditioning, config G.
+    """The network F of the preconditioning.
 
     Args:
-        config: size and shape.
+        config: size, shape and kind.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        plan = plan_unet(config)
+        parts, plan = Parts(config), plan_unet(config)
+        last = plan.decoder[-1].out_channels
+        # The constant channel lets a network without biases make offsets (EDM2 B.3).
+        self.constant_channel = not config.biases
+        self.activates_output = config.block == "adm"
+        self.silu_gain = parts.silu_gain if self.activates_output else 1.0
         self.embedding = Embedding(config)
-        self.stem = MPConv(config.img_channels + 1, plan.stem_channels, kernel=3)
-        self.enc = nn.ModuleDict({p.name: EncoderBlock(p, config) for p in plan.encoder})
-        self.dec = nn.ModuleDict({p.name: DecoderBlock(p, config) for p in plan.decoder})
-        self.out = MPConv(plan.decoder[-1].out_channels, config.img_channels, kernel=3)
-        self.out_gain = nn.Parameter(torch.zeros(()))
+        self.stem = parts.conv(config.img_channels + self.constant_channel, plan.stem_channels, 3)
+        self.enc = nn.ModuleDict({p.name: Block(p, config, encoder=True) for p in plan.encoder})
+        self.dec = nn.ModuleDict({p.name: Block(p, config, encoder=False) for p in plan.decoder})
+        self.out_norm = parts.norm(last) if self.activates_output else nn.Identity()
+        self.out = parts.conv(last, config.img_channels, 3, last=True)
+        self.out_gain = nn.Parameter(torch.zeros(1)) if config.gains else None
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """Apply F.
@@ -288,8 +419,8 @@ class UNet(nn.Module):
             `[n, c, h, w]`, dtype of `x`.
         """
         emb = self.embedding(c_noise, labels)
-        # The constant channel lets a network without biases make offsets (EDM2 B.3).
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if self.constant_channel:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         # Reductions over channels are some 10 times faster in this memory format, convolutions too.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -298,4 +429,16 @@ class UNet(nn.Module):
             skips.append(x)
         for decoder in self.dec.values():
             x = decoder(x, emb, skips.pop() if decoder.takes_skip else None)
-        return self.out(x, gain=self.out_gain)
+        if self.activates_output:
+            x = functional.silu(self.out_norm(x))
+        gain = self.silu_gain if self.out_gain is None else self.out_gain * self.silu_gain
+        return self.out(x, gain=gain)
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Store the weights that are applied; those of convolutions in `dtype`."""
+        self.embedding.fold()
+        self.stem.fold(dtype=dtype)
+        for block in (*self.enc.values(), *self.dec.values()):
+            cast(Block, block).fold(dtype)
+        gain = self.silu_gain if self.out_gain is None else self.out_gain * self.silu_gain
+        self.out.fold(gain, dtype)

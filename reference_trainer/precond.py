@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from posthoc_ema import ConfigError
 from reference_trainer.config import DataConfig, NetworkConfig
-from reference_trainer.layers import MPConv, MPFourier
-from reference_trainer.networks import UNet
+from reference_trainer.layers import Conv
+from reference_trainer.networks import Parts, UNet
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,8 +33,10 @@ class Precond(nn.Module):
         img_channels: channels of the images.
         label_dim: number of classes, 0 when unconditional.
         sigma_data: standard deviation of the images in network units.
-        data_mean: pixels are mapped as (pixel / 127.5 - 1 - data_mean) * data_scale.
+        data_mean: values are mapped as (v - data_mean) * data_scale, one number or one per channel; v is
+            pixel / 127.5 - 1, or the latent.
         data_scale: see `data_mean`.
+        dtype: dtype of the activations in F.
     """
 
     def __init__(self, network: NetworkConfig, data: DataConfig) -> None:
@@ -41,8 +46,10 @@ class Precond(nn.Module):
         self.sigma_data, self.data_mean, self.data_scale = data.sigma_data, data.mean, data.scale
         self.dtype = DTYPES[network.dtype]
         self.net = UNet(network)
-        self.logvar_fourier = MPFourier(network.logvar_channels)
-        self.logvar = MPConv(network.logvar_channels, 1, kernel=0)
+        self.has_uncertainty = network.logvar_channels > 0
+        if self.has_uncertainty:
+            self.logvar_features = Parts(network).features(network.logvar_channels)
+            self.logvar = Parts(network).conv(network.logvar_channels, 1, 0)
 
     def forward(
         self,
@@ -76,14 +83,57 @@ class Precond(nn.Module):
         c_in = 1 / (s**2 + s_data**2).sqrt()
         c_noise = sigma.log() / 4
 
-        dtype = self.dtype if x.device.type != "cpu" else torch.float32
-        f = self.net((c_in * x).to(dtype), c_noise, self._one_hot(labels, x))
+        f = self.net((c_in * x).to(self.dtype), c_noise, self._one_hot(labels, x))
         d = c_skip * x + c_out * f.to(torch.float32)
         return (d, self.uncertainty(c_noise)) if return_logvar else d
 
     def uncertainty(self, c_noise: Tensor) -> Tensor:
-        """u(sigma), a log variance, `[n, 1, 1, 1]` of c_noise = ln(sigma) / 4 `[n]` (EDM2 B.2)."""
-        return self.logvar(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        """u(sigma), a log variance, `[n, 1, 1, 1]` of c_noise = ln(sigma) / 4 `[n]` (EDM2 B.2).
+
+        Raises:
+            ConfigError: the network was made without (logvar_channels 0).
+        """
+        if not self.has_uncertainty:
+            raise ConfigError(
+                "this network has no u(sigma): network.logvar_channels must be positive, got 0. "
+                "Use loss.weighting 'static', or give it one."
+            )
+        return self.logvar(self.logvar_features(c_noise)).reshape(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def force_weight_norm(self) -> None:
+        """Reset the stored weights of "forced" layers to norm sqrt(fan_in), in place (EDM2 eq. 66).
+
+        A training step calls this before its first forward pass; the forward pass changes nothing. Does
+        nothing for other kinds of weights. Weights may be sharded along their first axis (FSDP2).
+        """
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.force_norm()
+
+    def folded(self, dtype: torch.dtype | None = None) -> Self:
+        """A copy for evaluation whose weights are normalised and scaled once, and not in every pass.
+
+        Args:
+            dtype: dtype of the activations and of the weights of convolutions; None keeps the
+                network's. The embedding stays in float32.
+
+        Returns:
+            The copy, in evaluation mode, without gradients. It cannot be trained or folded again.
+
+        Example:
+            >>> from reference_trainer.presets import PRESETS
+            >>> config = PRESETS["digits-xs"]()
+            >>> network = Precond(config.network, config.data)
+            >>> network.folded(torch.bfloat16).net.stem.weight.dtype
+            torch.bfloat16
+        """
+        copied = copy.deepcopy(self).eval().requires_grad_(False)
+        copied.dtype = self.dtype if dtype is None else dtype
+        copied.net.fold(copied.dtype)
+        if copied.has_uncertainty:
+            copied.logvar.fold()
+        return copied
 
     def _one_hot(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if self.label_dim == 0:

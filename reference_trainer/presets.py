@@ -1,9 +1,18 @@
-"""Ready-made configurations, each a function whose docstring says what it costs and what it gives."""
+"""Ready-made configurations: small ones that run here, and every row of the EDM2 paper's tables.
+
+`PRESETS` maps names to functions that make them; `with_config` turns any of them into another config
+of the paper (table 1). What a preset costs and gives stands in its docstring, or in `PAPER_RESULTS`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from posthoc_ema import ConfigError
 from reference_trainer.config import (
     DataConfig,
     LossConfig,
@@ -11,6 +20,7 @@ from reference_trainer.config import (
     OptimConfig,
     TrackConfig,
     TrainConfig,
+    network_of_config,
 )
 
 DIGITS = DataConfig(name="digits", mean=(-0.38938256298624063,), scale=(0.5 / 0.7517718239306926,))
@@ -77,8 +87,178 @@ def digits_s() -> TrainConfig:
     )
 
 
+MI = 2**20
+"""The paper counts training lengths in units of 2^20 images."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperSize:
+    """A size of the paper's networks with what it is trained with (EDM2 table 6).
+
+    Attributes:
+        model_channels: base channels.
+        lr_ref: alpha_ref.
+        dropout: of config G.
+        mi_images: length of training in units of 2^20 images.
+    """
+
+    model_channels: int
+    lr_ref: float
+    dropout: float
+    mi_images: int
+
+
+IMG512_SIZES = {
+    "xxs": PaperSize(64, 0.0170, 0.0, 2048),
+    "xs": PaperSize(128, 0.0120, 0.0, 2048),
+    "s": PaperSize(192, 0.0100, 0.0, 2048),
+    "m": PaperSize(256, 0.0090, 0.1, 2048),
+    "l": PaperSize(320, 0.0080, 0.1, 1792),
+    "xl": PaperSize(384, 0.0070, 0.1, 1280),
+    "xxl": PaperSize(448, 0.0065, 0.1, 896),
+}
+"""ImageNet-512 as 64x64x4 latents."""
+
+IMG64_SIZES = {
+    "xs": PaperSize(128, 0.0120, 0.0, 1024),
+    "s": PaperSize(192, 0.0100, 0.0, 1024),
+    "m": PaperSize(256, 0.0090, 0.1, 2048),
+    "l": PaperSize(320, 0.0080, 0.1, 1024),
+    "xl": PaperSize(384, 0.0070, 0.1, 640),
+}
+"""ImageNet-64, RGB."""
+
+IMG512_LATENTS = DataConfig(
+    name="imagenet-512-latents",
+    kind="latents",
+    mean=(5.81, 3.25, 0.12, -2.15),
+    scale=(0.5 / 4.17, 0.5 / 4.62, 0.5 / 3.71, 0.5 / 3.28),
+)
+"""Mean and standard deviation of the latents of sd-vae-ft-mse fed with pixels in 0..1 (EDM2 B.1)."""
+
+IMG64_PIXELS = DataConfig(name="imagenet-64")
+"""RGB as pixel / 127.5 - 1, without further standardisation (EDM2 B.1)."""
+
+
+def _edm2(name: str, size: PaperSize, *, latents: bool, conditional: bool) -> TrainConfig:
+    """A row of table 6: batch 2048, snapshots of 0.05 and 0.10 every 8 Mi images."""
+    network = NetworkConfig(
+        img_resolution=64,
+        img_channels=4 if latents else 3,
+        label_dim=1000 if conditional else 0,
+        model_channels=size.model_channels,
+        dropout=size.dropout,
+        dtype="float16",
+    )
+    return TrainConfig(
+        name=name,
+        network=network,
+        optim=OptimConfig(lr_ref=size.lr_ref, t_ref=70_000.0 if latents else 35_000.0),
+        loss=LossConfig(p_mean=-0.4, p_std=1.0) if latents else LossConfig(p_mean=-0.8, p_std=1.6),
+        data=IMG512_LATENTS if latents else IMG64_PIXELS,
+        track=TrackConfig(snapshot_every=8 * MI),
+        batch_size=2048,
+        total_images=size.mi_images * MI,
+        checkpoint_every=128 * MI,
+        status_every=MI // 8,
+        telemetry_every=MI,
+    )
+
+
+def _edm2_presets() -> dict[str, Callable[[], TrainConfig]]:
+    presets: dict[str, Callable[[], TrainConfig]] = {}
+    for family, sizes in (("img512", IMG512_SIZES), ("img64", IMG64_SIZES)):
+        for label, size in sizes.items():
+            for suffix, conditional in (("", True), ("-uncond", False)):
+                name = f"edm2-{family}-{label}{suffix}"
+                latents = family == "img512"
+                presets[name] = functools.partial(
+                    _edm2, name, size, latents=latents, conditional=conditional
+                )
+    return presets
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "digits-xs": digits_xs,
     "digits-s": digits_s,
+    **_edm2_presets(),
 }
 """Name on the command line to configuration."""
+
+
+PAPER_RESULTS: dict[str, tuple[float, float]] = {
+    "edm2-img512-xs": (3.53, 0.135),
+    "edm2-img512-s": (2.56, 0.130),
+    "edm2-img512-m": (2.25, 0.100),
+    "edm2-img512-l": (2.06, 0.085),
+    "edm2-img512-xl": (1.96, 0.085),
+    "edm2-img512-xxl": (1.91, 0.070),
+    "edm2-img512-s-uncond": (11.67, 0.145),
+    "edm2-img64-s": (1.58, 0.075),
+    "edm2-img64-m": (1.43, 0.060),
+    "edm2-img64-l": (1.33, 0.040),
+    "edm2-img64-xl": (1.33, 0.040),
+}
+"""Preset to the paper's FID without guidance and the sigma_rel that gave it (EDM2 tables 2, 3 and 6;
+autoguidance, table 1). Not measured by this project."""
+
+
+def preset(name: str) -> TrainConfig:
+    """The configuration of a name.
+
+    Raises:
+        ConfigError: there is no such preset.
+
+    Example:
+        >>> preset("edm2-img512-xs").network.model_channels
+        128
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(PRESETS)}."
+        raise ConfigError(f"preset must be one that exists, got {name!r}. {hint}")
+    return PRESETS[name]()
+
+
+def with_config(config: TrainConfig, letter: str) -> TrainConfig:
+    """A preset as config A, B, ... G of the paper: network, loss, learning rate, batch (EDM2 table 1).
+
+    What the paper changes with the config is changed here in the same proportion: the learning rate is
+    that of config G times 0.01 (A) or 0.02 (B, C) and decays only from E on, the batch is doubled in A,
+    the loss is scaled by 100 up to C, dropout is 10 % up to F. Averages are tracked alike in all;
+    the paper's config A has one exponential average instead.
+
+    Args:
+        config: a preset, as config G.
+        letter: "A" to "G"; "G" gives `config` itself.
+
+    Raises:
+        ConfigError: there is no such config.
+
+    Example:
+        >>> with_config(preset("edm2-img512-s"), "C").optim.lr_ref
+        0.0002
+    """
+    network = network_of_config(config.network, letter)
+    if letter == "G":
+        return config
+    optim, loss = config.optim, config.loss
+    factor = {"A": 0.01, "B": 0.02, "C": 0.02}.get(letter, 1.0)
+    optim = dataclasses.replace(
+        optim,
+        lr_ref=optim.lr_ref * factor,
+        t_ref=optim.t_ref if letter in "EF" else None,
+        beta2=0.999 if letter == "A" else optim.beta2,
+        loss_scale=100.0 if letter in "ABC" else optim.loss_scale,
+    )
+    if letter == "A":
+        # The noise levels of EDM, which the paper shifts in config B by 0.8 and 0.8333.
+        loss = LossConfig(p_mean=loss.p_mean - 0.8, p_std=loss.p_std * 1.2, weighting="static")
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}-config-{letter.lower()}",
+        network=dataclasses.replace(network, dropout=0.1),
+        optim=optim,
+        loss=loss,
+        batch_size=config.batch_size * (2 if letter == "A" else 1),
+    )

@@ -41,7 +41,7 @@ def test_demo_preset_has_thirty_two_snapshots_of_two_averages(config):
         ({"optim": {"lr_ref": float("nan")}}, "optim.lr_ref must be a finite number"),
         ({"optim": []}, "optim must be an object"),
         ({"track": {}}, "track.snapshot_every is missing"),
-        ({"track": {"snapshot_every": 64, "sigma_rels": 0.1}}, "track.sigma_rels must be a list"),
+        ({"track": {"snapshot_every": 64, "sigma_rels": "x"}}, "track.sigma_rels must be a list"),
     ],
 )
 def test_bad_values_are_errors_that_name_the_field(config, change, words):

@@ -8,9 +8,11 @@ from torch.nn import functional
 
 from reference_trainer.layers import (
     EPSILON,
-    CosineAttention,
-    MPConv,
-    MPFourier,
+    Conv,
+    Fourier,
+    GroupNorm,
+    Positional,
+    attend,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -89,7 +91,7 @@ def test_resample_halves_by_means_and_doubles_by_replication():
 
 
 def test_fourier_features_have_magnitude_one_and_are_buffers():
-    fourier = MPFourier(512)
+    fourier = Fourier(512)
     assert rms(fourier(torch.linspace(-2, 2, 200))) == pytest.approx(1, abs=0.05)
     assert [name for name, _ in fourier.named_buffers()] == ["freqs", "phases"]
     assert not list(fourier.parameters())
@@ -97,33 +99,58 @@ def test_fourier_features_have_magnitude_one_and_are_buffers():
 
 @pytest.mark.parametrize("kernel", [0, 1, 3])
 def test_conv_applies_rows_of_norm_one_whatever_the_stored_weight(kernel):
-    conv = MPConv(6, 4, kernel).eval()
+    conv = Conv(6, 4, kernel).eval()
     with torch.no_grad():
         conv.weight.mul_(7.0)
-    norms = conv.unit_weight().flatten(1).norm(dim=1)
+    norms = conv.applied_weight().flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(4), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [0, 3])
-def test_conv_training_forward_resets_the_stored_rows_to_root_fan_in(kernel):
-    conv = MPConv(6, 4, kernel).train()
+def test_conv_force_norm_resets_the_stored_rows_to_root_fan_in(kernel):
+    conv = Conv(6, 4, kernel)
     with torch.no_grad():
         conv.weight.mul_(7.0)
-    conv(torch.randn(2, 6, 4, 4) if kernel else torch.randn(2, 6))
+    conv.force_norm()
     root = math.sqrt(conv.weight[0].numel())
     norms = conv.weight.detach().flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.full((4,), root), rtol=1e-4, atol=0)
 
 
-def test_conv_evaluation_never_writes():
-    conv = MPConv(6, 4, 3).eval()
+@pytest.mark.parametrize("weights", ["normalized", "plain"])
+def test_conv_force_norm_leaves_other_kinds_of_weights(weights):
+    conv = Conv(6, 4, 3, weights=weights)
+    before = conv.weight.detach().clone()
+    conv.force_norm()
+    assert torch.equal(before, conv.weight)
+
+
+def test_conv_plain_weights_are_applied_as_stored():
+    conv = Conv(6, 4, 3, weights="plain", init="uniform", bias=True)
+    x = torch.randn(2, 6, 4, 4)
+    expected = functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(x), expected)
+    assert float(conv.weight.detach().abs().max()) <= 1 / math.sqrt(54)
+
+
+@pytest.mark.parametrize("weights", ["normalized", "plain"])
+def test_conv_folded_applies_the_same(weights):
+    conv, x = Conv(6, 4, 3, weights=weights), torch.randn(2, 6, 4, 4)
+    expected = conv(x, gain=0.3)
+    conv.fold(0.3)
+    torch.testing.assert_close(conv(x, gain=0.3), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_conv_forward_never_writes(training):
+    conv = Conv(6, 4, 3).train(training)
     before = conv.weight.detach().clone()
     conv(torch.randn(2, 6, 4, 4))
     assert torch.equal(before, conv.weight)
 
 
 def test_conv_gradient_is_orthogonal_to_the_weight():
-    conv = MPConv(6, 4, 3).train()
+    conv = Conv(6, 4, 3).train()
     conv(torch.randn(2, 6, 4, 4)).square().sum().backward()
     w, g = conv.weight.detach().flatten(1), conv.weight.grad.flatten(1)
     cosine = (w * g).sum(1) / (w.norm(dim=1) * g.norm(dim=1))
@@ -131,19 +158,39 @@ def test_conv_gradient_is_orthogonal_to_the_weight():
 
 
 def test_conv_gain_may_be_a_tensor_and_gets_a_gradient():
-    conv, gain = MPConv(6, 4, 0), torch.zeros((), requires_grad=True)
+    conv, gain = Conv(6, 4, 0), torch.zeros((), requires_grad=True)
     y = conv(torch.randn(2, 6), gain=gain)
     y.sum().backward()
     assert not y.any()
     assert gain.grad != 0
 
 
-def test_attention_is_softmax_of_scaled_cosines():
-    attention = CosineAttention(8, 2, balance=0.3).eval()
-    x = torch.randn(2, 8, 3, 3)
-    qkv = functional.conv2d(x, attention.qkv.unit_weight()).reshape(2, 3, 2, 4, 9)
-    q, k, v = formula(qkv, 3).unbind(1)  # each [n, heads, d, positions]
+@pytest.mark.parametrize("cosine", [True, False])
+def test_attention_is_softmax_of_scaled_products(cosine):
+    qkv = torch.randn(2, 24, 3, 3)
+    heads = qkv.reshape(2, 3, 2, 4, 9)
+    q, k, v = (formula(heads, 3) if cosine else heads).unbind(1)  # each [n, heads, d, positions]
     weights = torch.softmax(torch.einsum("nhdq,nhdk->nhqk", q, k) / 2.0, dim=-1)
-    y = torch.einsum("nhqk,nhdk->nhdq", weights, v).reshape(2, 8, 3, 3)
-    expected = mp_sum(x, functional.conv2d(y, attention.proj.unit_weight()), 0.3)
-    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.einsum("nhqk,nhdk->nhdq", weights, v).reshape(2, 8, 3, 3)
+    torch.testing.assert_close(attend(qkv, 2, cosine=cosine), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_of_config_c_divides_by_the_root_mean_square_of_the_group():
+    norm, x = GroupNorm(8, affine=False), 5 * torch.randn(2, 8, 3, 3) + 1
+    groups = x.reshape(2, 2, 4 * 9)
+    expected = groups / (1e-4 + groups.square().mean(2, keepdim=True).sqrt())
+    torch.testing.assert_close(norm(x), expected.reshape(x.shape), rtol=1e-5, atol=1e-5)
+    assert not list(norm.parameters())
+
+
+def test_group_norm_of_config_a_is_that_of_torch():
+    norm, x = GroupNorm(8, affine=True), 5 * torch.randn(2, 8, 3, 3) + 1
+    torch.testing.assert_close(norm(x), functional.group_norm(x, 2, eps=1e-5))
+    assert len(list(norm.parameters())) == 2
+
+
+def test_positional_features_are_cosines_and_sines_of_falling_frequencies():
+    features = Positional(4)(torch.tensor([0.5]))
+    angles = [0.5, 0.5 * 10000**-0.5]
+    expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    torch.testing.assert_close(features, torch.tensor([expected]))

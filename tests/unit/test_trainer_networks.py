@@ -81,12 +81,17 @@ def test_untrained_denoiser_is_c_skip_times_the_input():
     torch.testing.assert_close(new_network(trained=False)(x, sigma, torch.tensor([3, 4])), expected)
 
 
-def test_evaluation_never_writes_weights_and_training_does():
-    network = new_network()
+def test_forward_never_writes_weights():
+    network = new_network().train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     network(torch.randn(2, 1, 8, 8), 1.0, torch.tensor([1, 2]), return_logvar=True)
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
-    network.train()(torch.randn(2, 1, 8, 8), 1.0, torch.tensor([1, 2]), return_logvar=True)
+
+
+def test_force_weight_norm_writes_every_weight_and_nothing_else():
+    network = new_network().train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    network.force_weight_norm()
     written = {k for k, v in network.state_dict().items() if not torch.equal(before[k], v)}
     assert written == {k for k in before if k.endswith("weight")}
 

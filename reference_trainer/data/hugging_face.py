@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from posthoc_ema import ConfigError
-from reference_trainer.data.dataset import Indices, Kind, Values, fingerprint
-from reference_trainer.data.files import check_label
-from reference_trainer.data.images import decode_pixels
+from reference_trainer.data.dataset import Indices, Kind, fingerprint
+from reference_trainer.data.items import check_label
 
 _ONE, _SPLITS = "state.json", "dataset_dict.json"
 _SPLIT = "train"
 _LABEL_NAMES = ("label", "labels", "class", "fine_label")
 
 
-class SavedDataset:
-    """Images of a saved `datasets.Dataset`; a `Dataset`. Made by `load_dataset`.
+class SavedItems:
+    """Images of a saved `datasets.Dataset`; `EncodedItems`.
 
     Args:
         rows: the `datasets.Dataset`.
@@ -39,35 +38,29 @@ class SavedDataset:
             raise ConfigError(f"data {path} holds no rows. Check the path.")
         self._rows = undecoded(rows, self._column)
         self._identity = str(rows._fingerprint)  # no public name; it is what is saved with the rows
-        self.labels = np.zeros(len(rows), np.int64)
+        self.metadata: Mapping[str, Any] = {}
+        self.labels: Indices | None = None
         self.label_dim = 0
         if label is not None:
             self._read_labels(rows, label)
-        first = self._decode(self._row_bytes(np.zeros(1, np.int64))[0], 0, None)
-        self.channels, self.resolution = int(first.shape[0]), int(first.shape[1])
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._rows)
 
     @property
     def fingerprint(self) -> str:
         """Hash of the fingerprint that `datasets` gave it, and of the labels."""
-        return fingerprint(self._identity.encode(), self.labels.data)
-
-    def read(self, indices: Indices) -> tuple[Values, Indices]:
-        """The images and labels at `indices`; see `Dataset.read`."""
-        items = self._row_bytes(indices)
-        values = [self._checked(d, int(i)) for d, i in zip(items, indices, strict=True)]
-        shape = (0, self.channels, self.resolution, self.resolution)
-        return np.stack(values) if values else np.empty(shape, np.uint8), self.labels[indices]
-
-    def read_file(self, index: int) -> bytes:
-        """The encoded image of a row."""
-        return self._row_bytes(np.array([index]))[0]
+        labels = b"" if self.labels is None else self.labels.data
+        return fingerprint(self._identity.encode(), labels)
 
     def where(self, index: int) -> str:
-        """What to call a row in messages."""
+        """Folder, row and column of an image."""
         return f"{self._path}, row {index} ({self._column})"
+
+    def read_files(self, indices: Indices) -> list[bytes]:
+        """The encoded images of the rows at `indices`."""
+        items = self._rows[indices.tolist()].column(self._column).to_pylist()
+        return [self._encoded(item, int(i)) for item, i in zip(items, indices, strict=True)]
 
     def _read_labels(self, rows: Any, column: str) -> None:
         values = rows.with_format("arrow").select_columns([column])[:].column(column).to_pylist()
@@ -76,10 +69,6 @@ class SavedDataset:
         self.labels = np.array(values, np.int64)
         named = getattr(rows.features[column], "num_classes", 0) or 0
         self.label_dim = max(named, int(self.labels.max()) + 1)
-
-    def _row_bytes(self, indices: Indices) -> list[bytes]:
-        items = self._rows[indices.tolist()].column(self._column).to_pylist()
-        return [self._encoded(item, int(i)) for item, i in zip(items, indices, strict=True)]
 
     def _encoded(self, item: Mapping[str, Any] | None, index: int) -> bytes:
         if item is not None and item.get("bytes") is not None:
@@ -91,18 +80,6 @@ class SavedDataset:
                 f"{self.where(index)} holds no image, and the file that it names cannot be read. Save the "
                 "data set again with its images in it."
             ) from None
-
-    def _decode(self, data: bytes, index: int, side: int | None) -> Values:
-        return decode_pixels(data, self.where(index), side)
-
-    def _checked(self, data: bytes, index: int) -> Values:
-        values = self._decode(data, index, self.resolution)
-        if len(values) != self.channels:
-            raise ConfigError(
-                f"{self.where(index)} has {len(values)} channels, the first image has {self.channels}. "
-                "`phema dataset convert` makes all images RGB."
-            )
-        return values
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -140,13 +117,13 @@ def open_saved_rows(path: Path) -> Any:
     return loaded[_SPLIT if _SPLIT in splits else splits[0]]
 
 
-def open_saved_dataset(path: Path, name: str) -> SavedDataset:
-    """The data set of a folder of `save_to_disk`.
+def open_saved_items(path: Path, name: str) -> SavedItems:
+    """The items of a folder of `save_to_disk`.
 
     Raises:
-        ConfigError: see `open_saved_rows` and `SavedDataset`.
+        ConfigError: see `open_saved_rows` and `SavedItems`.
     """
-    return SavedDataset(open_saved_rows(path), path, name)
+    return SavedItems(open_saved_rows(path), path, name)
 
 
 def columns(features: Mapping[str, Any], path: Path) -> tuple[str, str | None]:

@@ -13,8 +13,9 @@ from posthoc_ema.errors import ConfigError
 from reference_trainer.config import DataConfig
 from reference_trainer.data import digits, photos
 from reference_trainer.data.dataset import ArrayDataset, Dataset
-from reference_trainer.data.files import open_dataset
-from reference_trainer.data.hugging_face import is_saved_dataset, open_saved_dataset
+from reference_trainer.data.files import open_file_items
+from reference_trainer.data.hugging_face import is_saved_dataset, open_saved_items
+from reference_trainer.data.items import EncodedDataset, EncodedItems
 
 
 def _digits() -> ArrayDataset:
@@ -94,16 +95,32 @@ def is_path(source: str) -> bool:
     return source not in _BUILT_IN and (looks or Path(source).exists())
 
 
-def open_path(path: Path, name: str | None = None) -> Dataset:
-    """The data set at a path: Hugging Face's if it was saved by `datasets`, else files.
-
-    Args:
-        path: folder or zip.
-        name: what to call it in messages; by default the path's last part.
+def open_path(path: Path, name: str | None = None) -> EncodedDataset:
+    """The data set at a path.
 
     Raises:
         ConfigError: it cannot be used; names the file.
     """
-    if is_saved_dataset(path):
-        return open_saved_dataset(path, name or path.stem)
-    return open_dataset(path, name)
+    return EncodedDataset(open_items(path, name))
+
+
+def open_items(path: Path, name: str | None = None, labels: Path | None = None) -> EncodedItems:
+    """The encoded items at a path: Hugging Face's if it was saved by `datasets`, else files.
+
+    Args:
+        path: folder or zip.
+        name: what to call it in messages; by default the path's last part.
+        labels: file like `dataset.json` in place of the labels that are there.
+
+    Raises:
+        ConfigError: they cannot be used; names the file.
+    """
+    name = name or path.stem
+    if not is_saved_dataset(path):
+        return open_file_items(path, name, labels)
+    if labels is not None:
+        raise ConfigError(
+            f"data {path} carries its own labels: rows of a saved data set have no names that {labels} "
+            "could list."
+        )
+    return open_saved_items(path, name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from reference_trainer.data.dataset import Dataset, Indices, Values
 
 _CHUNK = 16  # items that one thread reads at a time
 _THREADS = 16
+
+Result = TypeVar("Result")
 
 
 class ItemReader:
@@ -91,4 +94,23 @@ class PendingItems:
 
 def num_threads() -> int:
     """Threads that read: as many as this process may use processors, at most 16."""
-    return min(_THREADS, len(os.sched_getaffinity(0)))
+    allowed = getattr(os, "sched_getaffinity", None)
+    return min(_THREADS, len(allowed(0)) if allowed is not None else os.cpu_count() or 1)
+
+
+def ordered(
+    function: Callable[[int], Result], indices: Iterable[int], ahead: int = 256
+) -> Iterator[Result]:
+    """Results of `function`, computed by threads, in the order of `indices`; at most `ahead` in advance."""
+    pending: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(num_threads(), "phema-data") as pool:
+        try:
+            for index in indices:
+                pending.append(pool.submit(function, index))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,36 +1,68 @@
-"""Image quality as a number: Frechet distances in the features of a fixed network.
+"""Image quality as a number: distances to real images in the features of a fixed network.
 
-The one metric so far is `fd-digits`, for models of the `digits` data set.
+`evaluate_images` measures images in memory; `open_evaluator` measures streams of them, over several
+processes. The metrics are in `METRICS`: `fid`, `fd-dinov2`, `fd-digits`, `kid`, `precision-recall` ...
 """
 
 from __future__ import annotations
 
-import difflib
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_ema.errors import ConfigError, MetricError
-from reference_trainer.metrics.digit_classifier import (
-    FEATURE_DIM,
-    digit_outputs,
-    digit_reference_statistics,
+from posthoc_ema.errors import MetricError
+from reference_trainer.metrics.catalogue import METRICS, Metric, find_metrics
+from reference_trainer.metrics.collection import ImageBatch, blocks, collect, in_batches, of_dataset
+from reference_trainer.metrics.digit_classifier import digit_reference_statistics
+from reference_trainer.metrics.evaluation import (
+    Confidence,
+    Evaluator,
+    confidence,
+    open_evaluator,
 )
+from reference_trainer.metrics.extractors import EXTRACTORS, Extractor, open_extractor
 from reference_trainer.metrics.frechet import (
     FeatureStatistics,
+    Moments,
     frechet_distance,
     gaussian_distance,
 )
+from reference_trainer.metrics.reference import Reference, read_references, write_references
+from reference_trainer.metrics.reference_import import import_references
+from reference_trainer.metrics.reference_making import choose, make_references
 
 __all__ = [
+    "EXTRACTORS",
     "METRICS",
+    "Confidence",
+    "Evaluator",
+    "Extractor",
     "FeatureStatistics",
+    "ImageBatch",
+    "Metric",
+    "Moments",
+    "Reference",
+    "blocks",
+    "choose",
+    "collect",
+    "confidence",
+    "digit_reference_statistics",
     "evaluate_images",
+    "find_metrics",
     "frechet_distance",
     "gaussian_distance",
+    "import_references",
+    "in_batches",
+    "make_references",
+    "of_dataset",
+    "open_evaluator",
+    "open_extractor",
+    "read_references",
+    "write_references",
 ]
 
-METRICS = ("fd-digits",)
+_BATCH = {"digits": 1024, "inception": 64, "dinov2": 64}
 
 
 def evaluate_images(
@@ -38,47 +70,42 @@ def evaluate_images(
     metric: str = "fd-digits",
     *,
     labels: npt.ArrayLike | None = None,
+    reference: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, float | int]:
-    """Measure the quality of generated images.
+    """Measure the quality of generated images in memory, by one metric.
 
-    The distance falls with the number of images, so compare only numbers from equally many. Real
-    digits drawn with replacement give about 0.1 to 0.16 at 1797 images, 0.4 to 0.7 at 500 and 1.5
-    to 3 at 100; pixel noise of standard deviation 20 (of 255) gives 1.2, of 40 gives 5.
+    A Frechet distance falls with the number of images, so compare only numbers from equally many. For
+    `fd-digits`, real digits drawn with replacement give about 0.1 to 0.16 at 1797 images, 0.4 to 0.7 at
+    500 and 1.5 to 3 at 100; pixel noise of standard deviation 20 (of 255) gives 1.2, of 40 gives 5.
 
     Args:
-        images: uint8 `[n, 1, 8, 8]`, n at least 2.
-        metric: `"fd-digits"`, the Frechet distance to all 1797 digits in the 48 features of the
-            shipped digit classifier.
-        labels: class that each image was asked to show, `[n]`; adds the accuracy.
+        images: uint8 `[n, c, h, w]`, n at least 2, c 1 or 3; `[n, 1, 8, 8]` for the digits metrics.
+        metric: a name of `METRICS`. `"fd-digits"` is the Frechet distance to all 1797 digits in the 48
+            features of the shipped digit classifier.
+        labels: class that each image was asked to show, `[n]`; adds the accuracy to digits metrics.
+        reference: file of reference statistics; the digits metrics need none.
+        weights: of the extractor, see `open_extractor`.
+        device: where the extractor computes.
 
     Returns:
-        `fd` (at least 0, smaller is better), `num_images`, and with labels `accuracy`, the share
-        of images that the classifier finds to show their class.
+        The metric's numbers by its keys (`fd`: at least 0, smaller is better), `num_images`, and with
+        labels `accuracy`, the share of images that the classifier finds to show their class.
 
     Raises:
-        ConfigError: the metric is unknown.
+        ConfigError: the metric is unknown, or needs a reference.
         MetricError: the images or labels have the wrong shape, or there are fewer than two.
     """
-    if metric not in METRICS:
-        near = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"metric must be one of: {', '.join(METRICS)}; got '{metric}'. Did you mean '{near}'?"
-        )
-    features, classes = digit_outputs(images)
-    statistics = FeatureStatistics.empty(FEATURE_DIM).updated(features)
-    result: dict[str, float | int] = {
-        "fd": frechet_distance(statistics, digit_reference_statistics()),
-        "num_images": len(images),
-    }
-    if labels is not None:
-        result["accuracy"] = _accuracy(classes, np.asarray(labels))
-    return result
-
-
-def _accuracy(classes: npt.NDArray[np.int64], labels: npt.NDArray[np.generic]) -> float:
-    if labels.shape != classes.shape:
-        raise MetricError(
-            f"labels must be one per image, got shape {list(labels.shape)} for "
-            f"{len(classes)} images."
-        )
-    return float(np.mean(classes == labels))
+    (chosen,) = find_metrics([metric])
+    evaluator = open_evaluator(
+        [metric],
+        reference=reference,
+        weights={} if weights is None else {chosen.extractor: weights},
+        device=device,
+    )
+    if images.ndim == 0:
+        raise MetricError("images must have shape [n, c, h, w], got a single number.")
+    asked = None if labels is None else np.asarray(labels, dtype=np.int64)
+    batches = in_batches(images, asked, batch_size=_BATCH[chosen.extractor])
+    return {**evaluator.measure(batches), "num_images": len(images)}

@@ -7,6 +7,7 @@ it names 99.2 % rightly.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 from posthoc_ema.errors import MetricError
 from reference_trainer.data import load_dataset
+from reference_trainer.metrics.extractors import full_precision, weights_hash
 from reference_trainer.metrics.frechet import FeatureStatistics
 
 WEIGHTS_FILE = Path(__file__).with_name("digit_classifier.safetensors")
@@ -85,6 +87,45 @@ def held_out(num_items: int) -> npt.NDArray[np.bool_]:
     return np.arange(num_items) % 5 == 4
 
 
+class DigitExtractor:
+    """The shipped classifier behind the `Extractor` protocol.
+
+    Args:
+        device: where it computes.
+    """
+
+    name = "digits"
+    feature_dim = FEATURE_DIM
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._network = load_digit_classifier()
+        if self.device.type != "cpu":
+            self._network = copy.deepcopy(self._network).to(self.device)
+        self.weights_hash = weights_hash(self._network)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Extractor`; the images are uint8 `[n, 1, 8, 8]`."""
+        check_digits(images)
+        with torch.no_grad(), full_precision(self.device):
+            return self._network.features(images)
+
+    def classes(self, features: torch.Tensor) -> torch.Tensor:
+        """Classes, int64 `[n]`, that the classifier sees in its features `[n, 48]`."""
+        with torch.no_grad():
+            return self._network.head(features).argmax(dim=1)
+
+
+def check_digits(images: torch.Tensor | npt.NDArray[np.uint8]) -> None:
+    """Raise MetricError unless these are uint8 images of shape `[n, 1, 8, 8]`."""
+    kind = str(images.dtype).removeprefix("torch.")
+    if kind != "uint8" or images.ndim != 4 or tuple(images.shape[1:]) != (1, 8, 8):
+        raise MetricError(
+            f"the digits metric needs uint8 images of shape [n, 1, 8, 8], got {kind} "
+            f"{list(images.shape)}. It measures models of the 'digits' data set."
+        )
+
+
 def digit_outputs(
     images: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
@@ -99,11 +140,7 @@ def digit_outputs(
     Raises:
         MetricError: shape or dtype differ.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (1, 8, 8):
-        raise MetricError(
-            "the digits metric needs uint8 images of shape [n, 1, 8, 8], got "
-            f"{images.dtype} {list(images.shape)}. It measures models of the 'digits' data set."
-        )
+    check_digits(images)
     classifier = load_digit_classifier()
     features = [np.zeros((0, FEATURE_DIM))]
     classes = [np.zeros(0, np.int64)]

@@ -7,6 +7,7 @@ of the Gaussians with these moments (Heusel et al., arXiv 1706.08500, eq. 6).
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,35 @@ import numpy.typing as npt
 from posthoc_ema.errors import MetricError
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class HasMoments(Protocol):
+    """What a set of features is compared by."""
+
+    @property
+    def mean(self) -> FloatArray:
+        """Mean, float64 `[d]`."""
+        ...
+
+    @property
+    def covariance(self) -> FloatArray:
+        """Unbiased covariance, float64 `[d, d]`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Mean and covariance of a set of feature vectors, as a reference file holds them.
+
+    Attributes:
+        count: number of vectors; 0 if it is not known.
+        mean: float64 `[d]`.
+        covariance: unbiased, float64 `[d, d]`.
+    """
+
+    count: int
+    mean: FloatArray
+    covariance: FloatArray
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +93,11 @@ class FeatureStatistics:
         return FeatureStatistics(
             self.count + other.count, self.total + other.total, self.outer + other.outer
         )
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and covariance as plain arrays; raises MetricError for fewer than two vectors."""
+        return Moments(self.count, self.mean, self.covariance)
 
     @property
     def mean(self) -> FloatArray:
@@ -128,7 +163,7 @@ def gaussian_distance(
     return max(float(shift + spread), 0.0)  # rounding may leave -1e-16 for equal sets
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: HasMoments, b: HasMoments) -> float:
     """Frechet distance between two sets of features, at least 0; symmetric, 0 for equal moments.
 
     A small set has a biased covariance spectrum, so compare only numbers from equally many images.
@@ -140,9 +175,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises:
         MetricError: a set has fewer than two vectors, or the lengths differ.
     """
-    if len(a.total) != len(b.total):
+    first, second = a.covariance, b.covariance
+    if first.shape != second.shape:
         raise MetricError(
-            f"both sets must have features of one length, got {len(a.total)} and {len(b.total)}. "
+            f"both sets must have features of one length, got {len(first)} and {len(second)}. "
             "Use the same feature extractor for both."
         )
-    return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return gaussian_distance(a.mean, first, b.mean, second)

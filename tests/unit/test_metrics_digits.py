@@ -122,8 +122,8 @@ def test_labels_must_be_one_per_image(digits):
 
 
 def test_an_unknown_metric_names_the_nearest(digits):
-    with pytest.raises(ConfigError, match=r"got 'fid'\. Did you mean 'fd-digits'"):
-        evaluate_images(digits.images, "fid")
+    with pytest.raises(ConfigError, match=r"got 'fdd'\. Did you mean 'fid'"):
+        evaluate_images(digits.images, "fdd")
 
 
 def test_shifts_move_by_at_most_one_pixel_and_fill_with_black():

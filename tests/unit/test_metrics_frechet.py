@@ -86,4 +86,4 @@ def test_distance_needs_two_vectors_on_both_sides():
 
 def test_distance_needs_features_of_one_length():
     with pytest.raises(MetricError, match="got 2 and 3"):
-        frechet_distance(FeatureStatistics.empty(2), FeatureStatistics.empty(3))
+        frechet_distance(statistics(np.eye(2)), statistics(np.eye(3)))

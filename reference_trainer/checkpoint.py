@@ -1,9 +1,12 @@
 """Checkpoints: all that resuming needs, as safetensors; and networks from stored weights.
 
 A checkpoint holds the weights, Adam's moments and the trackers' averages, and in its metadata the
-numbers that belong to them and a checksum. It is written atomically; the last two are kept, so that a
+numbers that belong to them and a checksum. It is written atomically; older ones are kept, so that a
 damaged newest one costs some time and not the run. A checkpoint is never a snapshot: for the weights
 to use, synthesize.
+
+Tensors are whole in it, however many processes train and whatever each of them holds: a run may go on with
+any number of processes.
 """
 
 from __future__ import annotations
@@ -22,14 +25,13 @@ from torch import Tensor
 from posthoc_ema import SnapshotFormatError, SnapshotMismatchError
 from posthoc_ema.codecs import FLOATING, AnyArray, decode
 from posthoc_ema.tensor_files import TensorFile, byte_view, read_header, write_tensors
-from posthoc_ema.torch import Tracker
 from reference_trainer.config import TrainConfig
+from reference_trainer.parallel import spread_like, whole
 from reference_trainer.precond import Precond
 from reference_trainer.state import TrainState
 
-SCHEMA = 1
+SCHEMA = 2
 METADATA_KEY = "reference_trainer.checkpoint"
-KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -56,12 +58,13 @@ class Checkpoint:
         }
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> Path:
-    """Write the checkpoint of now and remove all but the last two.
+def save_checkpoint(state: TrainState, folder: Path, keep: int = 2) -> Path:
+    """Write the checkpoint of now and remove older ones; all processes together.
 
     Args:
         state: the state of the run.
         folder: the folder of checkpoints; made if needed.
+        keep: so many checkpoints stay, this one included.
 
     Returns:
         The file's path.
@@ -69,17 +72,21 @@ def save_checkpoint(state: TrainState, folder: Path) -> Path:
     Raises:
         SnapshotWriteError: it could not be written; the older ones are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = capture(state)
     path = folder / f"checkpoint-{state.nimg:012d}.safetensors"
+    state.ranks.agree(lambda: _write(checkpoint, path, keep), main_only=True)
+    return path
+
+
+def _write(checkpoint: Checkpoint, path: Path, keep: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = json.dumps({**checkpoint.numbers, "checksum": _digest(checkpoint)})
     write_tensors(path, checkpoint.tensors, {METADATA_KEY: metadata})
     # Files of a later time can only be damaged ones: a sound one would have been resumed from.
-    paths = checkpoint_paths(folder)
+    paths = checkpoint_paths(path.parent)
     older = [p for p in paths if p.name < path.name]
-    for old in set(paths) - {path, *older[: KEPT - 1]}:
+    for old in set(paths) - {path, *older[: keep - 1]}:
         old.unlink()
-    return path
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -141,15 +148,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def capture(state: TrainState) -> Checkpoint:
-    """Take the checkpoint of a state; on a CPU the arrays are views of the live tensors."""
+    """Take the checkpoint of a state; all processes together.
+
+    On a CPU the arrays are views of the live tensors, where those are whole. Only the first process's
+    checkpoint holds tensors; the losses of all are with the first from now on.
+    """
     network = {f"network.{k}": v for k, v in state.network.state_dict().items()}
-    tensors: dict[str, Tensor] = {**network, "loss_sum": state.loss_sum}
+    losses = _losses_to_main(state)
+    tensors: dict[str, Tensor] = {**network, "loss_sums": losses}
     steps: set[int] = set()
     for name, parameter in state.network.named_parameters():
         adam = state.optimizer.state.get(parameter, {})
         tensors |= {f"adam.{moment}.{name}": adam[moment] for moment in _MOMENTS if adam}
-        steps |= {int(adam["step"])} if adam else set()
-    assert len(steps) <= 1, "Adam counts the same steps for every parameter"
+        steps |= {int(adam["step"])} if adam and not steps else set()
     trackers: dict[str, Any] = {}
     for key, tracker in state.trackers.items():
         trackers[key] = tracker.state_dict()
@@ -159,11 +170,24 @@ def capture(state: TrainState) -> Checkpoint:
         "schema": SCHEMA,
         "nimg": state.nimg,
         "adam_step": max(steps, default=0),
-        "loss_count": state.loss_count,
+        "loss_count": state.losses.count,
         "trackers": trackers,
     }
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, AnyArray] = {}
+    for name, tensor in tensors.items():
+        entire = whole(tensor)
+        if state.ranks.is_main:
+            arrays[name] = entire.cpu().numpy()
     return Checkpoint(state.nimg, numbers, arrays)
+
+
+def _losses_to_main(state: TrainState) -> Tensor:
+    """Sum the losses over the processes, and leave them with the first."""
+    values = state.ranks.sum_(state.losses.values)
+    total = values.clone()
+    if not state.ranks.is_main:
+        values.zero_()
+    return total
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -175,27 +199,27 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     load_weights(state.network, checkpoint.part("network."), "the checkpoint")
     _restore_adam(state, checkpoint)
     for key, tracker in state.trackers.items():
-        _restore_tracker(tracker, key, checkpoint)
+        averages = checkpoint.part(f"tracker.{key}.")
+        tracker.load_state_dict({**checkpoint.numbers["trackers"][key], "averages": averages})
     state.nimg = checkpoint.nimg
-    state.loss_sum = checkpoint.part("loss_sum")[""].to(state.loss_sum.device)
-    state.loss_count = int(checkpoint.numbers["loss_count"])
+    if state.ranks.is_main:
+        state.losses.values.copy_(checkpoint.part("loss_sums")[""])
+    state.losses.count = int(checkpoint.numbers["loss_count"])
 
 
 def _restore_adam(state: TrainState, checkpoint: Checkpoint) -> None:
     parts = {moment: checkpoint.part(f"adam.{moment}.") for moment in _MOMENTS}
     step = torch.tensor(float(checkpoint.numbers["adam_step"]))
+    names = {parameter: name for name, parameter in state.network.named_parameters()}
+    places = [p for group in state.optimizer.param_groups for p in group["params"]]
     moments = {
-        i: {"step": step.clone()} | {moment: parts[moment][name] for moment in _MOMENTS}
-        for i, (name, _) in enumerate(state.network.named_parameters())
-        if name in parts[_MOMENTS[0]]
+        i: {"step": step.clone()}
+        | {moment: spread_like(parts[moment][names[p]], p.detach()) for moment in _MOMENTS}
+        for i, p in enumerate(places)
+        if names[p] in parts[_MOMENTS[0]]
     }
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _restore_tracker(tracker: Tracker, key: str, checkpoint: Checkpoint) -> None:
-    averages = checkpoint.part(f"tracker.{key}.")
-    tracker.load_state_dict({**checkpoint.numbers["trackers"][key], "averages": averages})
 
 
 def load_weights(network: Precond, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -222,7 +246,7 @@ def load_weights(network: Precond, tensors: Mapping[str, Tensor], source: str) -
                 f"{tuple(own[name].shape)} in the network. Weights and configuration must come from "
                 "one run."
             )
-    network.load_state_dict(dict(tensors))
+    network.load_state_dict({name: spread_like(tensors[name], own[name]) for name in own})
 
 
 def load_network(

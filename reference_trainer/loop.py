@@ -3,30 +3,37 @@
 A run is a folder: `config.json` (what it is), `log.jsonl` (what happened), `checkpoints` (what resuming
 needs), `snapshots` (the stored averages) and `direct` (averages tracked to check syntheses against).
 Running the same command again resumes: a run that was killed at any point, any number of times, ends
-bit for bit like one that was not (on a CPU with the same number of threads).
+bit for bit like one that was not (on a CPU with the same number of threads and of processes).
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 
-from posthoc_ema import ConfigError, SnapshotNotFoundError, SnapshotStore, SnapshotWriteError
+from posthoc_ema import SnapshotNotFoundError, SnapshotStore
 from posthoc_ema.manifest import MANIFEST
-from posthoc_ema.tensor_files import is_temporary_name, write_json
-from posthoc_ema.torch import Tracker
+from reference_trainer import telemetry
 from reference_trainer.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
-from reference_trainer.config import TrainConfig, differing_fields
-from reference_trainer.data import load_dataset
+from reference_trainer.config import TrainConfig
+from reference_trainer.data import Batches, load_dataset, new_batches
+from reference_trainer.distributed import resolve_device, started
+from reference_trainer.loss_sums import loss_by_ln_sigma, mean_loss
+from reference_trainer.memory import memory_advice, peak_bytes
+from reference_trainer.run_folder import run_folder
 from reference_trainer.run_log import Event, Report, RunLog, Status
+from reference_trainer.run_loggers import RunInfo, check_loggers, loggers
 from reference_trainer.schedule import learning_rate
-from reference_trainer.state import Batches, TrainState, new_batches, new_state, train_step
+from reference_trainer.state import TrainState, new_state, train_step
+
+__all__ = ["TrainResult", "resolve_device", "train"]
+
+REMEDY = "Its own last words say why; the same command continues from the last checkpoint."
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,75 +57,106 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, folder: Path, *, device: str = "auto", report: Report | None = None
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: str = "auto",
+    report: Report | None = None,
+    log_to: Sequence[str] = (),
 ) -> TrainResult:
     """Train a network, track its averages and store snapshots; resume if the folder holds a run.
+
+    Under torchrun all processes call this alike and share each batch; the first one writes.
 
     Args:
         config: everything that determines the run.
         folder: the run's folder, made if needed.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-        report: called with every log record, for a progress bar.
+        report: called with every log record, for a progress bar; in the first process only.
+        log_to: names of further loggers, see `run_loggers.LOGGERS`.
 
     Returns:
         A `TrainResult`.
 
     Raises:
         ConfigError: the folder holds a run with another configuration or is in use, the data set does
-            not fit the network, or the device does not exist.
+            not fit the network, the device does not exist, or memory does not suffice.
         SnapshotError: a checkpoint or snapshot cannot be read or written; what is stored is untouched.
+        RankError: another process of the run has ended.
 
     Example:
         train(digits_xs(), Path("run"))  # minutes; call it again after a crash
     """
-    folder, target = Path(folder), resolve_device(device)
-    dataset = load_dataset(config.data.name)  # before a wrong name is written to the folder
-    with run_folder(folder, config), _reproducible(target):
-        log = RunLog(folder / "log.jsonl", report)
+    folder = Path(folder)
+    with started(device, remedy=REMEDY) as ranks, contextlib.ExitStack() as stack:
+        ranks.agree(lambda: check_loggers(log_to))
+        dataset = ranks.agree(lambda: load_dataset(config.data))  # before anything is written
+        assert dataset is not None  # it was called on every process
+        changes = ranks.agree(
+            lambda: stack.enter_context(run_folder(folder, config)), main_only=True
+        )
+        stack.enter_context(_reproducible(ranks.device))
+        stack.enter_context(memory_advice(config, ranks))
+        reports = [report] if report is not None and ranks.is_main else []
+        log = RunLog(folder / "log.jsonl" if ranks.is_main else None, *reports)
         checkpoint, damaged = latest_checkpoint(folder / "checkpoints")
         if checkpoint is not None and checkpoint.nimg >= config.total_images:
             message = f"the run in {folder} is complete: nothing to do"
             log.show(_event(config, "complete", checkpoint.nimg, message))
             return TrainResult(folder, checkpoint.nimg, checkpoint.nimg)
-        batches = new_batches(dataset, config, target)
-        state = new_state(config, folder, target)
-        with contextlib.ExitStack() as stack:
-            for tracker in state.trackers.values():
-                stack.enter_context(tracker)
-            begin(state, config, checkpoint, damaged, log)
-            started_at = state.nimg
-            run(state, batches, config, folder, log)
+        share = {"rank": ranks.rank, "world_size": ranks.world_size}
+        batches = ranks.agree(lambda: new_batches(dataset, config, ranks.device, **share))
+        assert batches is not None
+        stack.callback(batches.close)
+        state = new_state(config, folder, ranks.device, ranks=ranks)
+        for tracker in state.trackers.values():
+            stack.enter_context(tracker)
+        begin(state, config, checkpoint)
+        started_at = state.nimg
+        if ranks.is_main:
+            info = RunInfo(folder, _run_id(state), config.name, config.to_dict(), started_at)
+            log.add(*stack.enter_context(loggers(log_to, info)))
+        introduce(log, config, checkpoint, changes or [], damaged)
+        run(state, batches, config, folder, log)
     return TrainResult(folder, state.nimg, started_at)
 
 
-def begin(
-    state: TrainState,
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    damaged: list[str],
-    log: RunLog,
-) -> None:
-    """Bring state, stores and log to the point where training goes on."""
+def begin(state: TrainState, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """Bring state and stores to the point where training goes on; all processes together."""
     if checkpoint is not None:
         restore(state, checkpoint)
-    else:  # killed before the first checkpoint, or new
-        for tracker in state.trackers.values():
-            _refuse_to_discard(tracker, config)
-        for tracker in state.trackers.values():
-            tracker.restart()
-    log.truncate(state.nimg if checkpoint is not None else -1)
+        return
+    # Killed before the first checkpoint, or new.
+    state.ranks.agree(lambda: _refuse_to_discard(state, config), main_only=True)
+    for tracker in state.trackers.values():
+        tracker.restart()
+
+
+def introduce(
+    log: RunLog,
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    changes: Sequence[str],
+    damaged: Sequence[str],
+) -> None:
+    """Bring the log to the point where training goes on, and say how."""
+    nimg = 0 if checkpoint is None else checkpoint.nimg
+    log.truncate(-1 if checkpoint is None else nimg)
     for problem in damaged:
-        log.write(_event(config, "fallback", state.nimg, f"older checkpoint used: {problem}"))
-    log.write(_event(config, "resume" if checkpoint else "start", state.nimg))
+        log.write(_event(config, "fallback", nimg, f"older checkpoint used: {problem}"))
+    if changes:
+        message = f"the run goes on with other settings (there and here): {', '.join(changes)}"
+        log.write(_event(config, "changed", nimg, message))
+    log.write(_event(config, "resume" if checkpoint else "start", nimg))
 
 
-def _refuse_to_discard(tracker: Tracker, config: TrainConfig) -> None:
+def _refuse_to_discard(state: TrainState, config: TrainConfig) -> None:
     """Only what was stored before the first checkpoint may be dropped without being asked."""
-    if (tracker.folder / MANIFEST).exists():
-        stored = max(SnapshotStore.open(tracker.folder).times, default=0)
-        if stored > config.checkpoint_every:
+    for folder in (tracker.folder for tracker in state.trackers.values()):
+        stored = SnapshotStore.open(folder).times if (folder / MANIFEST).exists() else []
+        if max(stored, default=0) > config.checkpoint_every:
             raise SnapshotNotFoundError(
-                f"{tracker.folder} holds snapshots up to {stored} images, but there is no checkpoint "
+                f"{folder} holds snapshots up to {max(stored)} images, but there is no checkpoint "
                 "to continue from. Restore the checkpoints, choose a new folder, or remove the run's "
                 "folder to train from the beginning."
             )
@@ -142,7 +180,7 @@ def run(
             log.write(take_status(state, config, clock))
         if done or state.nimg % config.checkpoint_every == 0:
             log.sync()
-            save_checkpoint(state, folder / "checkpoints")
+            save_checkpoint(state, folder / "checkpoints", config.keep_checkpoints)
 
 
 class _Clock:
@@ -161,91 +199,35 @@ class _Clock:
 
 
 def take_status(state: TrainState, config: TrainConfig, clock: _Clock) -> Status:
-    """The regular report; the mean of the loss begins anew."""
+    """The regular report; the means of the losses begin anew. All processes together."""
+    values = state.ranks.sum_(state.losses.values.clone()).cpu()  # waits for the device
     seconds, speed = clock.lap(state.nimg)
-    loss = float(state.loss_sum) / state.loss_count
-    state.loss_sum.zero_()
-    state.loss_count = 0
+    network = config.network
+    elements = network.img_channels * network.img_resolution**2
+    dynamics: telemetry.Dynamics | None = None
+    if state.dynamics is not None:
+        dynamics = telemetry.read(state.dynamics, state.ranks)
+        dynamics["loss_by_ln_sigma"] = loss_by_ln_sigma(values, elements)
     before = state.nimg - config.batch_size
-    return Status(
+    status = Status(
         event="status",
         nimg=state.nimg,
         total_images=config.total_images,
-        loss=loss,
+        loss=mean_loss(values, state.losses.count),
         learning_rate=learning_rate(before, config.batch_size, config.optim),
         images_per_second=round(speed, 1),
         seconds=round(seconds, 3),
+        seconds_left=round((config.total_images - state.nimg) / speed, 1),
+        memory_bytes=peak_bytes(state.ranks.device),
+        dynamics=dynamics,
     )
+    state.losses.reset()
+    state.dynamics = None
+    return status
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ConfigError: the name is unknown, or CUDA is not available.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = torch.device("meta")
-    if resolved.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.")
-    count = torch.cuda.device_count() if resolved.type == "cuda" else 1
-    if (resolved.index or 0) >= count:
-        raise ConfigError(
-            f"device {device!r} does not exist: this machine has {count} CUDA devices that torch can "
-            "use. Choose cpu or auto."
-        )
-    return resolved
-
-
-@contextlib.contextmanager
-def run_folder(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Own a run's folder: lock it, check or write its configuration, remove what a kill left.
-
-    Raises:
-        ConfigError: it is in use, or holds another configuration.
-        SnapshotWriteError: it cannot be written.
-    """
-    lock = filelock.FileLock(folder / ".lock", thread_local=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=2)  # a killed process's lock is gone with it
-    except filelock.Timeout:
-        raise ConfigError(
-            f"{folder} is being trained in by another process. Stop that one, or choose a new folder."
-        ) from None
-    except OSError as error:
-        raise SnapshotWriteError(
-            f"{folder} cannot be used for a run: {error.strerror}. Choose a folder that you may write."
-        ) from error
-    try:
-        _settle_config(folder / "config.json", config)
-        for place in (folder, folder / "checkpoints"):
-            for leftover in place.glob(".*"):
-                if is_temporary_name(leftover.name):
-                    leftover.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-def _settle_config(path: Path, config: TrainConfig) -> None:
-    if not path.exists():
-        write_json(path, config.to_dict())
-        return
-    try:
-        stored = TrainConfig.from_json(path.read_text(encoding="utf-8"))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error} Restore the file or choose a new folder.") from error
-    if stored != config:
-        fields = ", ".join(differing_fields(stored, config))
-        raise ConfigError(
-            f"{path.parent} holds a run with another configuration; these differ (there and here): "
-            f"{fields}. Use the same configuration to resume, or choose a new folder."
-        )
+def _run_id(state: TrainState) -> str:
+    return state.trackers["snapshots"].store.run_id
 
 
 @contextlib.contextmanager

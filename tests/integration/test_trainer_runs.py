@@ -67,7 +67,7 @@ def assert_bit_equal(a, b):
 
 
 def status_lines(folder):
-    timing = ("images_per_second", "seconds")
+    timing = ("images_per_second", "seconds", "seconds_left", "memory_bytes")
     lines = [line for line in read_log(folder / "log.jsonl") if line["event"] == "status"]
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 

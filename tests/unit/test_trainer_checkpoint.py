@@ -16,9 +16,9 @@ from reference_trainer.checkpoint import (
     save_checkpoint,
 )
 from reference_trainer.config import NetworkConfig, OptimConfig, TrackConfig, TrainConfig
-from reference_trainer.data import load_dataset
+from reference_trainer.data import load_dataset, new_batches
 from reference_trainer.run_log import RunLog, Status, read_log, to_line
-from reference_trainer.state import new_batches, new_state, train_step
+from reference_trainer.state import new_state, train_step
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -118,7 +118,7 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
 def test_checkpoint_of_a_newer_schema_is_refused_not_passed_over(run):
     state, _, folder = run
     path = save_checkpoint(state, folder / "checkpoints")
-    newer = path.read_bytes().replace(rb"{\"schema\": 1, \"nimg\"", rb"{\"schema\": 9, \"nimg\"")
+    newer = path.read_bytes().replace(rb"{\"schema\": 2, \"nimg\"", rb"{\"schema\": 9, \"nimg\"")
     path.write_bytes(newer)
     with pytest.raises(SnapshotMismatchError, match="schema 9"):
         latest_checkpoint(folder / "checkpoints")
@@ -132,7 +132,7 @@ def test_checkpoint_is_a_safetensors_file_of_plain_names(run):
     with safe_open(path, framework="np") as file:
         assert json.loads(file.metadata()[METADATA_KEY])["nimg"] == 16
         names = set(file.keys())
-    assert {name.split(".")[0] for name in names} == {"network", "adam", "tracker", "loss_sum"}
+    assert {name.split(".")[0] for name in names} == {"network", "adam", "tracker", "loss_sums"}
 
 
 def status(nimg, loss=1.0):

@@ -15,11 +15,13 @@ from reference_trainer.config import (
     TrackConfig,
     TrainConfig,
 )
-from reference_trainer.data import load_dataset
+from reference_trainer.data import load_dataset, new_batches
+from reference_trainer.gradients import force_finite_gradients
+from reference_trainer.loss_sums import mean_loss
 from reference_trainer.losses import edm2_loss, loss_weight
 from reference_trainer.presets import PRESETS
 from reference_trainer.schedule import learning_rate
-from reference_trainer.state import force_finite_gradients, new_batches, new_state, train_step
+from reference_trainer.state import new_state, train_step
 
 CPU = torch.device("cpu")
 
@@ -158,8 +160,8 @@ def test_second_step_trains(started, config):
 def test_loss_mean_is_counted_in_elements(started, config):
     state, batches = started
     train_step(state, batches, config)
-    assert state.loss_count == 8 * 64
-    assert math.isfinite(float(state.loss_sum) / state.loss_count)
+    assert state.losses.count == 8 * 64
+    assert math.isfinite(mean_loss(state.losses.values, state.losses.count))
 
 
 def test_training_leaves_the_global_generator_alone(config, tmp_path):
@@ -179,7 +181,7 @@ def test_seed_decides_weights_and_noise(config, tmp_path):
         seeded = dataclasses.replace(config, seed=seed)
         state = new_state(seeded, tmp_path / str(i), CPU)
         train_step(state, batches, seeded)
-        losses.append(float(state.loss_sum))
+        losses.append(float(state.losses.values[0]))
         for tracker in state.trackers.values():
             tracker.close()
     assert losses[0] == losses[1] != losses[2]

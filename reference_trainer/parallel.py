@@ -1,0 +1,135 @@
+"""One network, several processes: replicas (DDP) or shards (FSDP2), and gradients in several passes.
+
+Whatever the number of processes and of passes, the gradients that the optimizer sees are those of the mean
+over the whole batch, up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from posthoc_ema import ConfigError
+from reference_trainer.config import ComputeConfig, LossConfig, TrainConfig
+from reference_trainer.distributed import DistributedContext
+from reference_trainer.losses import TrainingLoss
+from reference_trainer.precond import Precond
+
+
+def images_per_pass(config: TrainConfig, ranks: DistributedContext) -> int:
+    """Images of one forward pass of one process.
+
+    Raises:
+        ConfigError: the batch does not divide into equal parts.
+    """
+    share, left_over = divmod(config.batch_size, ranks.world_size)
+    if left_over:
+        raise ConfigError(
+            f"batch_size must be a multiple of the number of processes, which is {ranks.world_size}, "
+            f"got {config.batch_size}."
+        )
+    micro = config.compute.microbatch or share
+    if share % micro:
+        raise ConfigError(
+            f"compute.microbatch must divide the {share} images that each of {ranks.world_size} processes "
+            f"has of a batch, got {micro}. Try {next_lower_divisor(share, micro)}."
+        )
+    return micro
+
+
+def next_lower_divisor(number: int, below: float) -> int:
+    """The largest divisor of `number` that is at most `below`, at least 1.
+
+    Example:
+        >>> next_lower_divisor(24, 7)
+        6
+    """
+    return next(k for k in range(max(1, min(number, math.floor(below))), 0, -1) if number % k == 0)
+
+
+def shard(network: Precond, ranks: DistributedContext) -> None:
+    """Spread the weights over the processes, block by block (FSDP2), in place.
+
+    Scalars (gains) stay whole on every process; `average_whole_gradients` is for them.
+    """
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    scalars = {p for p in network.parameters() if p.ndim == 0}
+    for block in (*network.net.enc.values(), *network.net.dec.values()):
+        fully_shard(block, mesh=mesh, ignored_params=scalars)
+    fully_shard(network, mesh=mesh, ignored_params=scalars)
+
+
+def new_loss(
+    network: Precond, loss: LossConfig, compute: ComputeConfig, ranks: DistributedContext
+) -> nn.Module:
+    """The loss of a network as it is called in training: compiled and replicated, if asked for."""
+    module: nn.Module = TrainingLoss(network, loss)
+    if compute.compile:
+        module.compile()
+    if ranks.world_size > 1 and compute.parallel == "ddp":
+        # The buffers are constants.
+        return DistributedDataParallel(
+            module, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return module
+
+
+@contextlib.contextmanager
+def gradient_pass(loss: nn.Module, network: Precond, *, last: bool) -> Iterator[None]:
+    """One forward and backward pass of a step: processes exchange gradients in the last one only."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    if isinstance(loss, DistributedDataParallel) and not last:
+        with loss.no_sync():
+            yield
+    else:
+        yield
+
+
+def average_whole_gradients(network: Precond) -> None:
+    """Average over the processes the gradients of what FSDP2 leaves whole."""
+    if not isinstance(network, FSDPModule):
+        return
+    gradients = [
+        p.grad
+        for p in network.parameters()
+        if p.grad is not None and not isinstance(p.grad, DTensor)
+    ]
+    if gradients:
+        flat = torch.stack([g.reshape(()) for g in gradients])
+        dist.all_reduce(flat)
+        torch._foreach_copy_(gradients, list((flat / dist.get_world_size()).unbind()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view, outside autograd."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this process holds a part; all processes call it together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor, cut and placed like another one; every process has the whole.
+
+    Args:
+        tensor: the whole, anywhere.
+        example: a tensor of the same shape, plain or cut.
+    """
+    tensor = tensor.to(example.device)
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)

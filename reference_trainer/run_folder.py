@@ -1,0 +1,81 @@
+"""A run's folder: one owner at a time, one configuration, nothing that a kill has left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from posthoc_ema import ConfigError, SnapshotWriteError
+from posthoc_ema.tensor_files import is_temporary_name, write_json
+from reference_trainer.config import TrainConfig, differing_fields
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, config: TrainConfig) -> Iterator[list[str]]:
+    """Own a run's folder: lock it, check or write its configuration, remove what a kill left.
+
+    Args:
+        folder: the run's folder, made if needed.
+        config: the run's configuration.
+
+    Yields:
+        Settings in which the run goes on otherwise than it went: those that do not decide its result.
+
+    Raises:
+        ConfigError: it is in use, or holds another configuration.
+        SnapshotWriteError: it cannot be written.
+    """
+    lock = filelock.FileLock(folder / ".lock", thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=2)  # a killed process's lock is gone with it
+    except filelock.Timeout:
+        raise ConfigError(
+            f"{folder} is being trained in by another process. Stop that one, or choose a new folder."
+        ) from None
+    except OSError as error:
+        raise SnapshotWriteError(
+            f"{folder} cannot be used for a run: {error.strerror}. Choose a folder that you may write."
+        ) from error
+    try:
+        changes = _settle_config(folder / "config.json", config)
+        for place in (folder, folder / "checkpoints"):
+            for leftover in place.glob(".*"):
+                if is_temporary_name(leftover.name):
+                    leftover.unlink()
+        yield changes
+    finally:
+        lock.release()
+
+
+def _settle_config(path: Path, config: TrainConfig) -> list[str]:
+    """Write the configuration, or compare it with the one that is there; returns harmless changes."""
+    if not path.exists():
+        write_json(path, config.to_dict())
+        return []
+    try:
+        stored = TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error} Restore the file or choose a new folder.") from error
+    if _decisive(stored) != _decisive(config):
+        fields = ", ".join(differing_fields(_decisive(stored), _decisive(config)))
+        raise ConfigError(
+            f"{path.parent} holds a run with another configuration; these differ (there and here): "
+            f"{fields}. Use the same configuration to resume, or choose a new folder."
+        )
+    changes = differing_fields(stored, config)
+    if changes:
+        write_json(path, config.to_dict())
+    return changes
+
+
+def _decisive(config: TrainConfig) -> TrainConfig:
+    """The configuration without what may change while a run is interrupted."""
+    neutral = type(config.compute)()
+    return dataclasses.replace(
+        config, compute=neutral, data=dataclasses.replace(config.data, path=None)
+    )

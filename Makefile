@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (once; a minute or two)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[trainer,dev]'
+	@# Alone: it names torchvision, whose build on PyPI does not load beside torch's CPU build.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --no-deps torch-fidelity
 	@touch $(STAMP)
 
 install: $(STAMP)  ## Set up .venv with everything (the other targets do it when needed)

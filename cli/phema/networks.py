@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from phema.options import extra, find_store, parse_sigma_rels
 from posthoc_ema import ConfigError, synthesize
@@ -34,10 +37,40 @@ def config_of(metadata: Mapping[str, str], source: Path) -> TrainConfig:
     return TrainConfig.from_json(metadata[_KEY])
 
 
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One average as a network.
+
+    Attributes:
+        label: its length, "raw", or the name of its file.
+        network: the network.
+        config: the configuration of its run.
+        identity: what tells it from others: run, time and length, or the checksum of its file.
+    """
+
+    label: str
+    network: Precond
+    config: TrainConfig
+    identity: dict[str, Any]
+
+
 def open_networks(
     source: Path, sigma_rel: str | None, at: int | None, device: str, command: str
 ) -> Iterator[tuple[str, Precond]]:
-    """Networks that `source` and a LIST stand for, each with its label, one after another.
+    """Label and network of each average; see `open_averages`."""
+    for average in open_averages(source, sigma_rel, at, device, command):
+        yield average.label, average.network
+
+
+def open_averages(
+    source: Path,
+    sigma_rel: str | None,
+    at: int | None,
+    device: str,
+    command: str,
+    option: str = "",
+) -> Iterator[Average]:
+    """Networks that `source` and a LIST stand for, one after another.
 
     Args:
         source: a weights file, a run folder or a folder of snapshots.
@@ -45,32 +78,45 @@ def open_networks(
         at: training time for snapshots.
         device: where the networks go.
         command: name of the command, for messages.
+        option: what the options' names begin with, for messages: "guide-" for guides.
 
     Raises:
         ConfigError: LIST is missing or out of place, or a package is missing.
     """
     with extra(command):
         from reference_trainer.checkpoint import load_network
-        from reference_trainer.loop import resolve_device
+        from reference_trainer.distributed import resolve_device
 
         target = resolve_device(device)
         if source.is_file():
             if sigma_rel is not None or at is not None:
                 raise ConfigError(
-                    f"{source} is one average already; --sigma-rel and --at go with snapshots."
+                    f"{source} is one average already; --{option}sigma-rel and --{option}at go with "
+                    "snapshots."
                 )
             config = config_of(read_header(source).metadata, source)
-            yield source.stem, load_network(source, config, target)
+            network = load_network(source, config, target)
+            yield Average(source.stem, network, config, {"file_xxh3": _file_checksum(source)})
             return
         store = find_store(source)
         if sigma_rel is None:
             raise ConfigError(
-                "say which average of the snapshots: --sigma-rel 0.1, or --sigma-rel raw for none."
+                f"say which average of the snapshots in {source}: --{option}sigma-rel 0.1, or "
+                f"--{option}sigma-rel raw for none."
             )
         config = config_of(store.metadata, store.folder)
         sigma_rels = parse_sigma_rels(sigma_rel)
         for value, tensors in zip(sigma_rels, synthesize(store, sigma_rels, at), strict=True):
-            yield label(value), load_network(tensors, config, target)
+            identity = {"run_id": store.run_id, "time": tensors.report.time, "sigma_rel": value}
+            yield Average(label(value), load_network(tensors, config, target), config, identity)
+
+
+def _file_checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def classes_in_turn(network: Precond, count: int) -> list[int] | None:

@@ -17,7 +17,7 @@ import torch
 
 from posthoc_ema.errors import ConfigError
 from reference_trainer.sampling.sampler import SamplerConfig, run_sampler
-from reference_trainer.sampling.seeds import start_of
+from reference_trainer.sampling.seeds import check_seeds, start_of
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PerChannel = float | Sequence[float] | torch.Tensor
@@ -79,6 +79,7 @@ def image_batches(
     precision: str | None = None,
     compiled: bool = False,
     decode: Decoder | None = None,
+    wanted: Callable[[Sequence[int]], bool] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[ImageBatch]:
@@ -98,6 +99,8 @@ def image_batches(
         compiled: run the network through `torch.compile`, which pays for thousands of images; the
             last batch is then filled up to full size.
         decode: makes images of latents; None takes the samples for pixels.
+        wanted: is asked with the seeds of each batch, when the first one is taken; what it refuses is
+            passed over.
         rank: number of this process.
         world_size: number of processes.
 
@@ -107,8 +110,7 @@ def image_batches(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
-    if len(seeds) == 0:
-        raise ConfigError("seeds must name at least one image, got none.")
+    check_seeds(seeds)
     given = checked_labels(labels, len(seeds), network.label_dim)
     job = _Job(
         network=network,
@@ -120,8 +122,17 @@ def image_batches(
         decode=decode,
         full_batches=compiled,
     )
-    places = range(rank * batch_size, len(seeds), world_size * batch_size)
-    return (_generate(job, first) for first in places)
+
+    def batches() -> Iterator[ImageBatch]:
+        places = [
+            first
+            for first in range(0, len(seeds), batch_size)
+            if wanted is None or wanted(seeds[first : first + batch_size])
+        ]
+        for first in places[rank::world_size]:
+            yield _generate(job, first)
+
+    return batches()
 
 
 def sample_images(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,17 +51,38 @@ def start_of(
     Raises:
         ConfigError: there are no seeds, or one is out of range.
     """
-    if len(seeds) == 0:
-        raise ConfigError("seeds must name at least one image, got none.")
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"seeds must lie in 0..2^63 - 1, got {seed}.")
+    check_seeds(seeds)
     generators = tuple(torch.Generator().manual_seed(int(seed)) for seed in seeds)
     noise = _draw(generators, shape).to(device)
     if label_dim == 0:
         return Start(noise, None, generators)
     labels = torch.cat([torch.randint(label_dim, (1,), generator=g) for g in generators])
     return Start(noise, labels.to(device), generators)
+
+
+def seeded_labels(seeds: Sequence[int], network: Any) -> dict[int, int]:
+    """The class that each seed draws for a network, by seed.
+
+    Args:
+        seeds: any number of seeds.
+        network: see `reference_trainer.sampling.ImageNetwork`; it has classes.
+    """
+    shape = (network.img_channels, network.img_resolution, network.img_resolution)
+    drawn = (start_of([seed], shape, network.label_dim).labels for seed in seeds)
+    return {seed: int(label) for seed, label in zip(seeds, drawn, strict=True) if label is not None}
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that no generator takes.
+
+    Raises:
+        ConfigError: there are none, or one is out of range.
+    """
+    if len(seeds) == 0:
+        raise ConfigError("seeds must name at least one image, got none.")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seeds must lie in 0..2^63 - 1, got {seed}.")
 
 
 def seeded_noise(

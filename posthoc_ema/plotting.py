@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,10 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write the picture; it appears complete or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=160)
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=dpi)
     with atomic_write(path) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
         file.write(buffer.getvalue())
 
@@ -292,3 +293,88 @@ def plot_errors(
         axes.set_title(title, loc="left")
     _tidy(axes)
     _save(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandCurve:
+    """A line with a band around it, for `plot_panels`.
+
+    Attributes:
+        label: name in the legend.
+        x: where it was measured, rising.
+        low: lower end of the band, one value for each x.
+        middle: the line.
+        high: upper end of the band.
+        mark: (x, y) to circle, for example the best point; None for none.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    low: tuple[float, ...]
+    middle: tuple[float, ...]
+    high: tuple[float, ...]
+    mark: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes of `plot_panels`.
+
+    Attributes:
+        title: what it shows.
+        xlabel: quantity along x; the ticks of "sigma_rel" are those of lengths.
+        ylabel: quantity along y.
+        curves: what is drawn.
+        log_x: logarithmic x.
+        log_y: logarithmic y.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: tuple[BandCurve, ...]
+    log_x: bool = True
+    log_y: bool = False
+
+
+def plot_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Lines with bands, for example of several seeds, in panels side by side.
+
+    Args:
+        panels: what to draw, at least one.
+        path: picture to write; its ending decides the format (.png, .pdf, .svg).
+
+    Raises:
+        SnapshotWriteError: the picture cannot be written; an older one is untouched.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(6.0 * columns, 3.9 * rows)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, panel in zip(places, panels, strict=False):
+        _draw_panel(axes, panel)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    _save(figure, path, dpi=100)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    colours = (*_COLOURS, "#000000")
+    for i, curve in enumerate(panel.curves):
+        colour, style = colours[i % len(colours)], ("-", "--")[i // len(colours) % 2]
+        axes.plot(curve.x, curve.middle, style, marker="o", color=colour, ms=3.5, label=curve.label)
+        if curve.low != curve.high:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        if curve.mark is not None:
+            axes.plot(*curve.mark, "o", ms=10, mfc="none", mec=colour, mew=1.6, zorder=3)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.xlabel.endswith("sigma_rel"):
+        _length_ticks(axes, sorted({x for curve in panel.curves for x in curve.x}))
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.set_title(panel.title, loc="left", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+    _tidy(axes)

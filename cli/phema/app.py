@@ -20,7 +20,9 @@ from phema.commands import (
     plan,
     plot,
     prune,
+    reference,
     sample,
+    study,
     sweep,
     synth,
     track,
@@ -48,6 +50,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.command,
     "synth": synth.command,
     "sweep": sweep.command,
+    "study": study.command,
     "plan": plan.command,
     "prune": prune.command,
     "plot": plot.command,
@@ -55,6 +58,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify.command,
     "convert": convert.command,
 }
+
+_GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "reference": (reference.HELP, reference.COMMANDS),
+}
+"""Commands with commands of their own: name -> help, and the commands."""
 
 
 class _Interrupted(Exception):
@@ -85,6 +93,12 @@ for _name, _command in _COMMANDS.items():
     app.command(_name, no_args_is_help=_name != "demo", context_settings=settings)(
         _guarded(_command)
     )
+
+for _name, (_help, _commands) in _GROUPS.items():
+    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
+    for _word, _command in _commands.items():
+        _group.command(_word, no_args_is_help=True)(_guarded(_command))
+    app.add_typer(_group, name=_name)
 
 
 def _version(wanted: bool) -> None:

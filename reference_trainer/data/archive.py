@@ -19,8 +19,8 @@ from typing import Protocol
 
 from posthoc_ema import ConfigError
 
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # ends with the lengths of name and extra field
-_LOCAL_MAGIC = b"PK\x03\x04"
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # ends with the lengths of name and extra field
+LOCAL_MAGIC = b"PK\x03\x04"
 _EXTRA = 64  # bytes of extra field to read along: usually there are none
 _ENCRYPTED = 1
 _METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
@@ -168,12 +168,12 @@ class ZipFiles:
         return data
 
     def _stored(self, name: str, entry: _Entry) -> bytes:
-        fixed = _LOCAL_HEADER.size
+        fixed = LOCAL_HEADER.size
         expected = fixed + len(name.encode()) + _EXTRA + entry.stored_bytes
         raw = self._pread(expected, entry.offset)
-        if len(raw) < fixed or raw[:4] != _LOCAL_MAGIC:
+        if len(raw) < fixed or raw[:4] != LOCAL_MAGIC:
             raise self._damaged(name)
-        name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(raw)[-2:]
+        name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(raw)[-2:]
         start = fixed + name_bytes + extra_bytes
         end = start + entry.stored_bytes
         if end > len(raw):

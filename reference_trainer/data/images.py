@@ -79,6 +79,21 @@ def loaded(image: Image, where: str, mode: str) -> Image:
         ) from None
 
 
+def png_bytes(image: Image) -> bytes:
+    """A PNG file, not compressed: it is decoded in every epoch."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png", compress_level=0)
+    return buffer.getvalue()
+
+
+def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG file of gray or RGB pixels, uint8 `[1 or 3, h, w]`."""
+    from PIL import Image
+
+    array = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    return png_bytes(Image.fromarray(array))
+
+
 def decode_latent(data: bytes, where: str, side: int | None = None) -> npt.NDArray[np.float32]:
     """Numbers of a latent file (.npy), float32 `[channels, h, w]`.
 

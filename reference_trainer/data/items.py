@@ -10,8 +10,13 @@ import numpy as np
 
 from posthoc_ema import ConfigError
 from posthoc_ema.tensor_files import brief
-from reference_trainer.data.dataset import Indices, Kind, Values
-from reference_trainer.data.images import MEAN_STD_PREFIX, decode_latent, decode_pixels
+from reference_trainer.data.dataset import ArrayDataset, Indices, Kind, Values
+from reference_trainer.data.images import (
+    MEAN_STD_PREFIX,
+    decode_latent,
+    decode_pixels,
+    encode_png,
+)
 
 MAX_LABEL = 2**20
 
@@ -129,6 +134,33 @@ class EncodedDataset:
                 f"{self._stored_channels} channels. Make it again with `phema dataset encode`."
             )
         return first
+
+
+class ArrayItems:
+    """The images of a data set in memory as PNG files; `EncodedItems`.
+
+    Args:
+        dataset: gray or RGB images.
+    """
+
+    kind: Kind = "pixels"
+
+    def __init__(self, dataset: ArrayDataset) -> None:
+        self._dataset, self.name = dataset, dataset.name
+        self.labels: Indices | None = dataset.labels
+        self.label_dim, self.fingerprint = dataset.label_dim, dataset.fingerprint
+        self.metadata: Mapping[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def where(self, index: int) -> str:
+        """Name of the data set and index."""
+        return f"{self.name}, image {index}"
+
+    def read_files(self, indices: Indices) -> list[bytes]:
+        """PNG files of the images at `indices`."""
+        return [encode_png(self._dataset.images[i]) for i in indices]
 
 
 def check_label(label: object, where: str) -> None:

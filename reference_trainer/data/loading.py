@@ -15,7 +15,7 @@ from reference_trainer.data import digits, photos
 from reference_trainer.data.dataset import ArrayDataset, Dataset
 from reference_trainer.data.files import open_file_items
 from reference_trainer.data.hugging_face import is_saved_dataset, open_saved_items
-from reference_trainer.data.items import EncodedDataset, EncodedItems
+from reference_trainer.data.items import ArrayItems, EncodedDataset, EncodedItems
 
 
 def _digits() -> ArrayDataset:
@@ -101,21 +101,27 @@ def open_path(path: Path, name: str | None = None) -> EncodedDataset:
     Raises:
         ConfigError: it cannot be used; names the file.
     """
-    return EncodedDataset(open_items(path, name))
+    return EncodedDataset(_path_items(path, name or path.stem, None))
 
 
-def open_items(path: Path, name: str | None = None, labels: Path | None = None) -> EncodedItems:
-    """The encoded items at a path: Hugging Face's if it was saved by `datasets`, else files.
+def open_items(source: str, labels: Path | None = None) -> EncodedItems:
+    """The encoded items of a data set: images of any size, for example, before they are converted.
 
     Args:
-        path: folder or zip.
-        name: what to call it in messages; by default the path's last part.
+        source: name of a built-in data set, or path of a folder, zip or Hugging Face data set on disk.
         labels: file like `dataset.json` in place of the labels that are there.
 
     Raises:
         ConfigError: they cannot be used; names the file.
     """
-    name = name or path.stem
+    if is_path(source):
+        return _path_items(Path(source), Path(source).stem, labels)
+    if labels is not None:
+        raise ConfigError(f"the built-in data set {source} has labels of its own, not of {labels}.")
+    return ArrayItems(load_built_in(source))
+
+
+def _path_items(path: Path, name: str, labels: Path | None) -> EncodedItems:
     if not is_saved_dataset(path):
         return open_file_items(path, name, labels)
     if labels is not None:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from phema.options import Json, find_store, parse_sigma_rels
+from phema.options import Json, extra, find_store, parse_sigma_rels
 from phema.output import note, print_json, progress, size, table
 from posthoc_ema import ConfigError, PowerProfile, SnapshotStore
 from posthoc_ema.codecs import CODECS, check_codec
 from posthoc_ema.importers import (
     KINDS,
     ImportOptions,
+    ImportPlan,
     check_new,
     detect_kind,
     plan_import,
@@ -35,7 +36,12 @@ def command(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="STORE", help="The store to make, a new folder.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="STORE",
+            help="The store to make, a new folder; with --as-trainer also a new .safetensors file.",
+        ),
     ],
     kind: Annotated[
         str, typer.Option("--from", metavar="TOOL", help=f"auto, {', '.join(KINDS)} or store.")
@@ -78,6 +84,13 @@ def command(
         str | None,
         typer.Option(help=f"{', '.join(CODECS)}.  [default: as in the files]"),
     ] = None,
+    trainer: Annotated[
+        bool,
+        typer.Option(
+            "--as-trainer",
+            help="EDM2: make it a network of `phema train`, for sample, evaluate and sweep.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a store of files that another tool wrote, or of a store in another dtype.
@@ -86,15 +99,25 @@ def command(
     files of kohya and musubi-tuner. Pickles are read by a reader that executes nothing: no code in a
     file is run and no class of it imported, so files need not be trusted. All files are checked before
     anything is written; an interrupted conversion goes on when it is run again.
+
+    Tensors keep their names, so that averages fit the tool that they came from. --as-trainer gives those
+    of EDM2 the names of our own network instead: `phema sample` and its like then run them.
     """
     if kind == "auto":
         kind = detect_kind(source)
     told = (sigma_rel, update_every, batch_size, time)
     if kind == "store":
-        _reencode(source, out, dtype, json, others=any(option is not None for option in told))
+        others = trainer or any(option is not None for option in told)
+        _reencode(source, out, dtype, json, others=others)
         return
     if dtype is not None:
         check_codec(dtype)
+    as_file = out.suffix == ".safetensors"
+    if as_file and (not trainer or dtype is not None):
+        raise ConfigError(
+            f"--out {out} is a file's name, and a store is a folder. Only one file of EDM2 becomes a "
+            "file, with --as-trainer and without --dtype."
+        )
     check_new(out)  # before all files are read
     options = ImportOptions(
         sigma_rels=tuple(parse_sigma_rels(sigma_rel)) if sigma_rel is not None else (),
@@ -103,13 +126,34 @@ def command(
         times=tuple(_parse_times(time)) if time is not None else (),
     )
     plan = plan_import(source, kind, options)
+    if trainer:
+        with extra("convert"):
+            from reference_trainer.interchange import as_trainer
+
+            plan = as_trainer(plan)
     for text in plan.notes:
         note(text)
+    if as_file:
+        _write_weights(plan, out, json)
+        return
     with progress("converting") as report:
         store, noticed = write_import(plan, out, dtype, progress=report)
     for text in noticed:
         note(text)
     _report(store, plan.kind, [*plan.notes, *noticed], json)
+
+
+def _write_weights(plan: ImportPlan, out: Path, json: bool) -> None:
+    from reference_trainer.interchange import write_weights
+
+    write_weights(plan, out)
+    (file,) = plan.files
+    if json:
+        about = {"time": file.time, "profile": label_of(file.profile), "bytes": out.stat().st_size}
+        print_json({"from": plan.kind, "notes": list(plan.notes), "weights": str(out), **about})
+        return
+    row = [plan.kind, _label(file.profile), file.time, size(out.stat().st_size), out]
+    typer.echo(table(["from", "profile", "time", "size", "weights"], [row]))
 
 
 def _reencode(source: Path, out: Path, dtype: str | None, json: bool, others: bool) -> None:

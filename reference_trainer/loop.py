@@ -25,6 +25,7 @@ from reference_trainer.data import Batches, load_dataset, new_batches
 from reference_trainer.distributed import resolve_device, started
 from reference_trainer.loss_sums import loss_by_ln_sigma, mean_loss
 from reference_trainer.memory import memory_advice, peak_bytes
+from reference_trainer.parallel import without_false_alarms
 from reference_trainer.run_folder import run_folder
 from reference_trainer.run_log import Event, Report, RunLog, Status
 from reference_trainer.run_loggers import RunInfo, check_loggers, loggers
@@ -44,11 +45,13 @@ class TrainResult:
         folder: the run's folder.
         nimg: images seen in total.
         started_at: images seen when this call began; equal to `nimg` if the run was complete already.
+        is_main: whether this is the first process, or the only one.
     """
 
     folder: Path
     nimg: int
     started_at: int
+    is_main: bool = True
 
     @property
     def already_complete(self) -> bool:
@@ -96,6 +99,7 @@ def train(
             lambda: stack.enter_context(run_folder(folder, config)), main_only=True
         )
         stack.enter_context(_reproducible(ranks.device))
+        stack.enter_context(without_false_alarms())
         stack.enter_context(memory_advice(config, ranks))
         reports = [report] if report is not None and ranks.is_main else []
         log = RunLog(folder / "log.jsonl" if ranks.is_main else None, *reports)
@@ -103,7 +107,7 @@ def train(
         if checkpoint is not None and checkpoint.nimg >= config.total_images:
             message = f"the run in {folder} is complete: nothing to do"
             log.show(_event(config, "complete", checkpoint.nimg, message))
-            return TrainResult(folder, checkpoint.nimg, checkpoint.nimg)
+            return TrainResult(folder, checkpoint.nimg, checkpoint.nimg, ranks.is_main)
         share = {"rank": ranks.rank, "world_size": ranks.world_size}
         batches = ranks.agree(lambda: new_batches(dataset, config, ranks.device, **share))
         assert batches is not None
@@ -118,7 +122,7 @@ def train(
             log.add(*stack.enter_context(loggers(log_to, info)))
         introduce(log, config, checkpoint, changes or [], damaged)
         run(state, batches, config, folder, log)
-    return TrainResult(folder, state.nimg, started_at)
+    return TrainResult(folder, state.nimg, started_at, ranks.is_main)
 
 
 def begin(state: TrainState, config: TrainConfig, checkpoint: Checkpoint | None) -> None:

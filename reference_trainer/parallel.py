@@ -7,8 +7,11 @@ over the whole batch, up to rounding.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,12 @@ from reference_trainer.config import ComputeConfig, LossConfig, TrainConfig
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.losses import TrainingLoss
 from reference_trainer.precond import Precond
+
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_CONSTANT_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
+"""Buffers never change, so they need not be sent in every pass; older versions of PyTorch name it so."""
 
 
 def images_per_pass(config: TrainConfig, ranks: DistributedContext) -> int:
@@ -56,6 +65,15 @@ def next_lower_divisor(number: int, below: float) -> int:
     return next(k for k in range(max(1, min(number, math.floor(below))), 0, -1) if number % k == 0)
 
 
+@contextlib.contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Leave out two warnings of torch that are about speed, and about views that nobody changes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
 def shard(network: Precond, ranks: DistributedContext) -> None:
     """Spread the weights over the processes, block by block (FSDP2), in place.
 
@@ -76,10 +94,7 @@ def new_loss(
     if compute.compile:
         module.compile()
     if ranks.world_size > 1 and compute.parallel == "ddp":
-        # The buffers are constants.
-        return DistributedDataParallel(
-            module, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
     return module
 
 

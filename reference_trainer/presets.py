@@ -218,7 +218,7 @@ IMG64_PIXELS = DataConfig(name="imagenet-64")
 
 
 def _edm2(name: str, size: PaperSize, *, latents: bool, conditional: bool) -> TrainConfig:
-    """A row of table 6: batch 2048, snapshots every 8 Mi images (of our default lengths, not 0.05 and 0.10)."""
+    """A row of table 6: batch 2048, snapshots every 8 Mi images, of our default lengths."""
     network = NetworkConfig(
         img_resolution=64,
         img_channels=4 if latents else 3,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_ema.errors import MetricError
+from posthoc_ema.importers.constructors import NumpyArray
 from posthoc_ema.importers.pickle_values import Opaque
 from posthoc_ema.importers.tensors import LazyTensor
 from posthoc_ema.importers.torch_files import open_pickle
@@ -82,6 +83,8 @@ def _array(path: Path, value: Any, what: str) -> npt.NDArray[Any]:
         raise damaged(
             path, f"{what} would be made by calling {value.module}.{value.name}, which is not done"
         )
+    if isinstance(value, NumpyArray):
+        value = value.tensor
     if not isinstance(value, LazyTensor):
         raise damaged(path, f"{what} is no array")
     return value.read()
@@ -89,7 +92,7 @@ def _array(path: Path, value: Any, what: str) -> npt.NDArray[Any]:
 
 def _of_npz(path: Path) -> dict[str, Reference]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             mean, covariance = file["mu"], file["sigma"]
     except FileNotFoundError:
         raise MetricError(f"{path}: the file is missing. Check the path.") from None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phema.networks import TrainerMetric, config_of
+from phema.measuring import ExtractorWeights, NetworkMetric, Reference, Setup, open_evaluation
+from phema.networks import config_of
 from phema.options import (
     At,
     Device,
@@ -34,6 +36,10 @@ from posthoc_ema.sweep import (
     to_json,
 )
 
+_NAMES = re.compile(
+    r"[a-z0-9]+(-[a-z0-9]+)*(,[a-z0-9-]+)*"
+)  # metrics of ours; commands hold {weights}
+
 
 def command(
     snapshots: Snapshots,
@@ -46,9 +52,12 @@ def command(
         typer.Option(
             metavar="COMMAND",
             help="Shell command with {weights}; the last line it prints is a number or a JSON object "
-            "of numbers.  [default: the Frechet distance of the reference trainer]",
+            "of numbers. Or metrics of `phema evaluate`, for networks of `phema train`.  [default: "
+            "fd-digits]",
         ),
     ] = None,
+    ref: Reference = None,
+    weights: ExtractorWeights = None,
     key: Annotated[
         str | None, typer.Option(help="Value that decides.  [default: the first one]")
     ] = None,
@@ -82,9 +91,17 @@ def command(
         sigma_rels = [RAW, *sigma_rels]
     if not any(sigma_rels):
         raise ConfigError("a sweep needs at least one length besides raw.")
-    chosen = _metric(metric, store, num_images, steps, seed, device)
-    # Only the trainer's own metric needs the extra: a command of the user's runs without torch.
-    needs = contextlib.nullcontext() if metric is not None else extra("sweep")
+    chosen: Metric
+    # Only the trainer's own metrics need the extra: a command of the user's runs without torch.
+    if metric is not None and not _NAMES.fullmatch(metric):
+        chosen = ShellMetric(metric)
+        needs: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        ours = _trainer_metric(
+            metric or "fd-digits", ref, weights, store, num_images, steps, seed, device
+        )
+        chosen, needs = ours, extra("sweep")
+        higher_is_better = higher_is_better or ours.higher_is_better(key)
     with output_folder(out), needs, progress("measuring") as bar:
         result = run_sweep(
             store,
@@ -110,14 +127,26 @@ def _has_raw(store: SnapshotStore, at: int | None) -> bool:
     return time > 0 and store.find(time, PointProfile(time)) is not None
 
 
-def _metric(
-    shell: str | None, store: SnapshotStore, num_images: int, steps: int, seed: int, device: str
-) -> Metric:
-    if shell is not None:
-        return ShellMetric(shell)
+def _trainer_metric(
+    metrics: str,
+    ref: Path | None,
+    weights: list[str] | None,
+    store: SnapshotStore,
+    num_images: int,
+    steps: int,
+    seed: int,
+    device: str,
+) -> NetworkMetric:
     with extra("sweep"):
+        from reference_trainer.distributed import context
+
         config_of(store.metadata, store.folder)  # refuses stores of other models, by name
-        return TrainerMetric(num_images, steps, seed, device)
+        ranks = context(device)
+        if ranks.world_size > 1:
+            raise ConfigError("a sweep is one process; `torchrun -m phema evaluate` takes several.")
+        evaluator = open_evaluation(metrics, ref, weights, ranks)
+        setup = Setup(evaluator=evaluator, num_images=num_images, steps=steps, seed=seed)
+        return NetworkMetric(setup, ranks)
 
 
 def _print(result: SweepResult, out: Path) -> None:

@@ -29,6 +29,11 @@ def config_of(metadata: Mapping[str, str], source: Path) -> TrainConfig:
     """
     from reference_trainer.config import TrainConfig
 
+    if _KEY not in metadata and metadata.get("imported_from") == "edm2":
+        raise ConfigError(
+            f"{source} holds a network of EDM2 under its own names. To run it here, convert the pickles "
+            "with phema convert --as-trainer."
+        )
     if _KEY not in metadata:
         raise ConfigError(
             f"{source} does not come from `phema train`, so its network is unknown here. To measure "
@@ -124,48 +129,3 @@ def classes_in_turn(network: Precond, count: int) -> list[int] | None:
     if network.label_dim == 0:
         return None
     return [i % network.label_dim for i in range(count)]
-
-
-class TrainerMetric:
-    """Frechet distance of generated images, for `run_sweep`.
-
-    Every length is measured with the same seeds, so that rows differ by their weights alone.
-
-    Args:
-        num_images: images to generate; part of the result, because the distance depends on it.
-        steps: steps of the sampler.
-        seed: first of the consecutive seeds.
-        device: where to compute.
-    """
-
-    def __init__(self, num_images: int, steps: int, seed: int, device: str) -> None:
-        self.num_images, self.steps, self.seed, self.device = num_images, steps, seed, device
-        self.on_batch: Any = None
-
-    @property
-    def description(self) -> str:
-        """What the numbers depend on."""
-        return f"fd-digits num_images={self.num_images} steps={self.steps} seed={self.seed}"
-
-    def __call__(self, weights: Path, sigma_rel: float) -> dict[str, float]:
-        """Measure one weights file."""
-        del sigma_rel
-        (_, network), *_ = open_networks(weights, None, None, self.device, "sweep")
-        return self.measure(network)
-
-    def measure(self, network: Precond) -> dict[str, float]:
-        """Measure one network.
-
-        Returns:
-            "fd", and for networks with classes "accuracy": how often the classifier sees the asked one.
-        """
-        from reference_trainer.metrics import evaluate_images
-        from reference_trainer.sampling import sample_images
-
-        seeds = range(self.seed, self.seed + self.num_images)
-        labels = classes_in_turn(network, self.num_images)
-        images = sample_images(
-            network, seeds, num_steps=self.steps, labels=labels, on_batch=self.on_batch
-        )
-        result = evaluate_images(images, labels=labels)
-        return {name: float(result[name]) for name in ("fd", "accuracy") if name in result}

@@ -14,6 +14,7 @@ import typer
 
 from phema.commands import (
     convert,
+    dataset,
     demo,
     evaluate,
     ls,
@@ -60,6 +61,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 _GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "dataset": (dataset.HELP, dataset.COMMANDS),
     "reference": (reference.HELP, reference.COMMANDS),
 }
 """Commands with commands of their own: name -> help, and the commands."""

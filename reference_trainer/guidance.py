@@ -46,7 +46,7 @@ class Guide:
 
     Example:
         >>> guide = Guide(lambda x, sigma, labels: 0 * x, weight=2.0, interval=(0.28, 2.9))
-        >>> guide.steps([80.0, 3.0, 1.0, 0.3, 0.1, 0.0])
+        >>> guide.steps([80.0, 3.0, 1.0, 0.3, 0.0])
         range(1, 3)
     """
 
@@ -92,7 +92,8 @@ def check_interval(interval: tuple[float, float]) -> None:
 def guided_steps(interval: tuple[float, float], sigmas: Sequence[float]) -> range:
     """The steps of a sampler that lie in an interval of noise levels.
 
-    Both ends are moved to the level nearest in ratio; an end below the last positive level becomes 0.
+    Both ends are moved to the level nearest in ratio; what is below half of the last positive level
+    becomes 0.
     Step i, from sigma_i to sigma_(i+1), is inside when sigma_lo < sigma_i <= sigma_hi.
 
     Args:
@@ -122,9 +123,9 @@ def guided_steps(interval: tuple[float, float], sigmas: Sequence[float]) -> rang
 
 
 def _nearest(sigma: float, sigmas: Sequence[float]) -> int:
-    """Index of the level nearest in ratio; that of 0 for what is below the last positive level."""
+    """Index of the level nearest in ratio; that of 0 for what is below half of the positive ones."""
     positive = np.asarray(sigmas[:-1], dtype=np.float64)
-    if sigma < positive[-1]:
+    if sigma < positive[-1] / 2:
         return len(positive)
     return int(np.abs(np.log(positive / min(sigma, positive[0]))).argmin())
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from posthoc_ema.errors import ConfigError
-from reference_trainer.sampling.sampler import SamplerConfig, run_sampler
+from reference_trainer.sampling.sampler import (
+    Denoiser,
+    SamplerConfig,
+    StepwiseDenoiser,
+    denoisers_of,
+    plan_steps,
+    run_sampler,
+)
 from reference_trainer.sampling.seeds import check_seeds, start_of
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -112,13 +119,17 @@ def image_batches(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     check_seeds(seeds)
     given = checked_labels(labels, len(seeds), network.label_dim)
+    sampler = sampler or SamplerConfig()
+    denoisers_of(
+        cast("Denoiser | StepwiseDenoiser", network), plan_steps(sampler)
+    )  # refuses what does not fit before anything is made
     job = _Job(
         network=network,
         denoise=evaluated(network, precision, compiled),
         seeds=seeds,
         labels=given,
         batch_size=batch_size,
-        sampler=sampler or SamplerConfig(),
+        sampler=sampler,
         decode=decode,
         full_batches=compiled,
     )

@@ -206,7 +206,7 @@ def run_sampler(
     advance = _heun_step if config.method == "heun" else _euler_step
     with torch.no_grad():
         x = noise * plan[0].sigma
-        for step, step_denoise in zip(plan, _per_step(denoise, plan), strict=True):
+        for step, step_denoise in zip(plan, denoisers_of(denoise, plan), strict=True):
             if fresh_noise is not None and step.fresh:
                 x = x + step.fresh * fresh_noise().to(x.device, x.dtype)
             x = advance(step_denoise, x, step, labels)
@@ -246,7 +246,12 @@ def heun_sample(
     return run_sampler(denoise, noise, config, labels=labels)
 
 
-def _per_step(denoise: Denoiser | StepwiseDenoiser, plan: Sequence[Step]) -> Sequence[Denoiser]:
+def denoisers_of(denoise: Denoiser | StepwiseDenoiser, plan: Sequence[Step]) -> Sequence[Denoiser]:
+    """The denoiser of each step of a plan.
+
+    Raises:
+        ConfigError: the denoiser does not fit the plan, such as guidance in an interval without a step.
+    """
     if isinstance(denoise, StepwiseDenoiser):
         return denoise.per_step([*(step.sigma for step in plan), 0.0])
     return [denoise] * len(plan)

@@ -131,11 +131,11 @@ def command(
             from reference_trainer.interchange import as_trainer
 
             plan = as_trainer(plan)
-    for text in plan.notes:
-        note(text)
     if as_file:
         _write_weights(plan, out, json)
         return
+    for text in plan.notes:
+        note(text)
     with progress("converting") as report:
         store, noticed = write_import(plan, out, dtype, progress=report)
     for text in noticed:
@@ -147,6 +147,8 @@ def _write_weights(plan: ImportPlan, out: Path, json: bool) -> None:
     from reference_trainer.interchange import write_weights
 
     write_weights(plan, out)
+    for text in plan.notes:
+        note(text)
     (file,) = plan.files
     if json:
         about = {"time": file.time, "profile": label_of(file.profile), "bytes": out.stat().st_size}

@@ -34,7 +34,7 @@ from reference_trainer.state import TrainState, new_state, train_step
 
 __all__ = ["TrainResult", "resolve_device", "train"]
 
-REMEDY = "Its own last words say why; the same command continues from the last checkpoint."
+REMEDY = "The launcher says how it ended; the same command continues from the last checkpoint."
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from posthoc_ema.tensor_files import write_json
 from reference_trainer.studies.records import (
     Measurement,
     Plan,
+    Quality,
     Run,
     Scale,
     measurement_key,
@@ -40,6 +41,11 @@ def run_folder_of(out: Path, run: str) -> Path:
 def numbers_file_of(out: Path, run: str) -> Path:
     """Where the numbers of a run are kept."""
     return out / "numbers" / f"{run}.json"
+
+
+def reference_file_of(out: Path) -> Path:
+    """Where the statistics of the training images are kept, if the metric needs them."""
+    return out / "reference.safetensors"
 
 
 def apply(
@@ -80,6 +86,10 @@ def apply(
     ]
     total, done = sum(map(len, stages)), 0
     for stage in stages:  # a guide must be trained before a guided network is measured
+        if stage is stages[1] and any(isinstance(m, Quality) for m in plan.measurements):
+            from reference_trainer.studies.measuring import make_reference
+
+            make_reference(scale, reference_file_of(out), device)
         for text in _each(stage, jobs):
             done += 1
             if progress is not None:
@@ -156,7 +166,9 @@ def measure_run(
 
     configs = {run.name: run.config for run in plan.runs}
     folders = {run: run_folder_of(out, run) for run in configs}
-    for measurement, values in measure(missing, scale, configs, folders, device):
+    for measurement, values in measure(
+        missing, scale, configs, folders, reference_file_of(out), device
+    ):
         numbers[identity.key(measurement)] = values
         _write_numbers(out, name, numbers)
 

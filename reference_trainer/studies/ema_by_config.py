@@ -35,7 +35,9 @@ PAPER = {"B": 0.090, "C": 0.075, "D": 0.225, "E": 0.145, "F": 0.100, "G": 0.130}
 def plan(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Plan:
     """Every config, every seed, every length."""
     del numbers
-    runs = [run for letter in LETTERS for run in config_runs(scale, letter, seeds)]
+    runs = [
+        run for seed in seeds for letter in LETTERS for run in config_runs(scale, letter, [seed])
+    ]
     return Plan(
         runs=tuple(runs),
         measurements=tuple(m for run in runs for m in curve_of(scale, run.name)),

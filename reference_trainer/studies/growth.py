@@ -44,7 +44,9 @@ def _measured(scale: Scale, run: str) -> list[Magnitudes]:
 def plan(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Plan:
     """Every config, every seed, at every time."""
     del numbers
-    runs = [run for letter in LETTERS for run in config_runs(scale, letter, seeds)]
+    runs = [
+        run for seed in seeds for letter in LETTERS for run in config_runs(scale, letter, [seed])
+    ]
     return Plan(
         runs=tuple(runs), measurements=tuple(m for run in runs for m in _measured(scale, run.name))
     )

@@ -12,11 +12,19 @@ import torch
 from posthoc_ema import synthesize
 from reference_trainer.checkpoint import load_network
 from reference_trainer.config import TrainConfig
+from reference_trainer.data import load_dataset
 from reference_trainer.guidance import EVERYWHERE, Guide, GuidedNetwork
 from reference_trainer.loop import resolve_device
-from reference_trainer.metrics import evaluate_images
+from reference_trainer.metrics import (
+    Evaluator,
+    find_metrics,
+    make_references,
+    open_evaluator,
+    open_extractor,
+    write_references,
+)
 from reference_trainer.precond import Precond
-from reference_trainer.sampling import sample_images
+from reference_trainer.sampling import SamplerConfig, image_batches
 from reference_trainer.studies.magnitudes import magnitudes
 from reference_trainer.studies.records import (
     Magnitudes,
@@ -96,6 +104,7 @@ def measure(
     scale: Scale,
     configs: Mapping[str, TrainConfig],
     folders: Mapping[str, Path],
+    reference: Path,
     device: str,
 ) -> Iterator[tuple[Measurement, dict[str, float]]]:
     """Measure one after another.
@@ -105,6 +114,7 @@ def measure(
         scale: how.
         configs: run -> its configuration.
         folders: run -> its folder.
+        reference: file of `make_reference`, which may be missing for the metric of the digits.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Returns:
@@ -113,12 +123,16 @@ def measure(
     target = resolve_device(device)
     wanted = [w for m in measurements for w in _weights_of(m)]
     networks = Networks(wanted, configs, folders, target)
+    evaluator = None
     for m in sorted(measurements, key=lambda m: m.weights.at or 0):
         network = networks.get(m.weights)
         if isinstance(m, Magnitudes):
             yield m, magnitudes(network, configs[m.weights.run], target)
         else:
-            yield m, quality(guided(m, network, networks), scale)
+            if evaluator is None:
+                known = reference if reference.exists() else None
+                evaluator = open_evaluator(scale.metric, reference=known, device=target)
+            yield m, quality(guided(m, network, networks), scale, evaluator)
 
 
 def _weights_of(measurement: Measurement) -> list[Weights]:
@@ -135,7 +149,9 @@ def guided(measurement: Quality, network: Precond, networks: Networks) -> Precon
     return GuidedNetwork(network, [Guide(networks.get(guide.weights), guide.weight, interval)])
 
 
-def quality(network: Precond | GuidedNetwork, scale: Scale) -> dict[str, float]:
+def quality(
+    network: Precond | GuidedNetwork, scale: Scale, evaluator: Evaluator
+) -> dict[str, float]:
     """Frechet distance of images from the same seeds for every network, classes in turn.
 
     Returns:
@@ -143,12 +159,19 @@ def quality(network: Precond | GuidedNetwork, scale: Scale) -> dict[str, float]:
     """
     seeds = range(scale.num_images)
     labels = [i % network.label_dim for i in seeds] if network.label_dim else None
-    images = sample_images(
-        network,
-        seeds,
-        batch_size=scale.batch_size,
-        num_steps=scale.sampler_steps,
-        labels=labels,
+    sampler = SamplerConfig(num_steps=scale.sampler_steps)
+    result = evaluator.measure(
+        image_batches(network, seeds, batch_size=scale.batch_size, sampler=sampler, labels=labels)
     )
-    result = evaluate_images(images, scale.metric, labels=labels)
-    return {name: float(result[name]) for name in ("fd", "accuracy") if name in result}
+    (metric,) = evaluator.metrics
+    named = {"fd": result[metric.keys[0]], **result}
+    return {name: named[name] for name in ("fd", "accuracy") if name in named}
+
+
+def make_reference(scale: Scale, path: Path, device: str) -> None:
+    """Measure the training images themselves, once; the metric of the digits brings its own reference."""
+    (metric,) = find_metrics(scale.metric)
+    if metric.extractor == "digits" or path.exists():
+        return
+    extractor = open_extractor(metric.extractor, None, resolve_device(device))
+    write_references(path, make_references(load_dataset(scale.base.data), [extractor]))

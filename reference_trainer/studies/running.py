@@ -15,6 +15,7 @@ from posthoc_ema.tensor_files import atomic_write, write_json
 from reference_trainer.studies import (
     ema_by_config,
     ema_over_time,
+    ema_under_guidance,
     ema_vs_capacity,
     ema_vs_lr,
     growth,
@@ -39,6 +40,7 @@ STUDIES: dict[str, Study] = {
         ema_over_time,
         ema_vs_lr,
         ema_vs_capacity,
+        ema_under_guidance,
         per_tensor_ema,
     )
 }

@@ -3,7 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference_trainer.metrics.frechet import FeatureStatistics, frechet_distance
+from reference_trainer.metrics.frechet import (
+    FeatureStatistics,
+    frechet_distance,
+    gaussian_distance,
+)
 
 DIM = 5
 seeds = st.integers(0, 2**32 - 1)
@@ -86,3 +90,59 @@ def test_statistics_do_not_depend_on_how_the_set_is_cut(seed, count, data):
         assert parts.count == whole.count
         assert parts.total == pytest.approx(whole.total, rel=1e-10, abs=1e-10)
         assert parts.outer == pytest.approx(whole.outer, rel=1e-10, abs=1e-10 * size(x))
+
+
+# ---- Gaussians with known moments
+
+
+def gaussian(seed, rank=DIM):
+    """Mean, and a covariance of the given rank with its eigenvalues and axes."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
+    variances = 10.0 ** rng.uniform(-3, 3, size=DIM) * (np.arange(DIM) < rank)
+    return rng.normal(size=DIM), variances, axes
+
+
+def covariance_of(variances, axes):
+    return (axes * variances) @ axes.T
+
+
+@given(seeds, seeds, st.integers(0, DIM), st.integers(0, DIM))
+def test_distance_of_gaussians_with_common_axes_is_the_closed_form(seed, other, rank, rank_b):
+    """|m_a - m_b|^2 + sum (s_a - s_b)^2 with the deviations s along each axis; singular ones, too."""
+    mean_a, a, axes = gaussian(seed, rank)
+    mean_b, b, _ = gaussian(other, rank_b)
+    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    found = gaussian_distance(mean_a, covariance_of(a, axes), mean_b, covariance_of(b, axes))
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-7 * (a.sum() + b.sum()) + 1e-12)
+
+
+@given(seeds, seeds)
+def test_distance_of_gaussians_is_that_of_the_best_linear_map(seed, other):
+    """T = A^(-1/2) (A^(1/2) B A^(1/2))^(1/2) A^(-1/2) moves one to the other; the cost is the distance."""
+    mean_a, a, axes_a = gaussian(seed)
+    mean_b, b, axes_b = gaussian(other)
+    root, inverse = (covariance_of(a**p, axes_a) for p in (0.5, -0.5))
+    covariance_b = covariance_of(b, axes_b)
+    middle, vectors = np.linalg.eigh(root @ covariance_b @ root)
+    move = inverse @ covariance_of(np.sqrt(np.maximum(middle, 0)), vectors) @ inverse
+    covariance_a = covariance_of(a, axes_a)
+    cost = np.trace((np.eye(DIM) - move) @ covariance_a @ (np.eye(DIM) - move).T)
+    expected = np.square(mean_a - mean_b).sum() + cost
+    found = gaussian_distance(mean_a, covariance_a, mean_b, covariance_b)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-7 * (a.sum() + b.sum()))
+
+
+@given(st.floats(-10, 10), st.floats(0, 10), st.floats(-10, 10), st.floats(0, 10))
+def test_distance_on_one_axis_is_of_means_and_deviations(mean_a, deviation_a, mean_b, deviation_b):
+    a, b = (np.array([[s * s]]) for s in (deviation_a, deviation_b))
+    expected = (mean_a - mean_b) ** 2 + (deviation_a - deviation_b) ** 2
+    found = gaussian_distance(np.array([mean_a]), a, np.array([mean_b]), b)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(seeds, st.integers(0, DIM))
+def test_distance_of_equal_gaussians_is_zero(seed, rank):
+    mean, variances, axes = gaussian(seed, rank)
+    covariance = covariance_of(variances, axes)
+    assert 0 <= gaussian_distance(mean, covariance, mean, covariance) <= 1e-12 * variances.sum()

@@ -11,8 +11,7 @@ from reference_trainer.config import CONFIGS, DataConfig, NetworkConfig, network
 from reference_trainer.costs import gflops_per_evaluation, num_parameters
 from reference_trainer.networks import plan_unet
 from reference_trainer.precond import Precond
-
-LATENTS = NetworkConfig(img_resolution=64, img_channels=4, label_dim=1000)  # size S
+from reference_trainer.presets import preset, with_config
 
 TABLE_1 = {  # config: millions of parameters (the paper has one decimal), Gflops
     "A": (295.90, 110.4),
@@ -23,21 +22,19 @@ TABLE_1 = {  # config: millions of parameters (the paper has one decimal), Gflop
     "F": (280.21, 102.1),
     "G": (280.21, 102.2),
 }
-SIZES_512 = {  # base channels: millions of parameters with and without classes, Gflops (tables 2 and 6)
-    64: (31.31, 31.05, None),
-    128: (124.71, 124.20, 45.5),
-    192: (280.21, 279.44, 102.2),
-    256: (497.81, 496.78, 180.8),
-    320: (777.50, 776.22, 282.2),
-    384: (1119.28, 1117.75, 405.9),
-    448: (1523.16, 1521.37, 552.1),
-}
-SIZES_64 = {  # the same for RGB images, with classes (tables 3 and 6)
-    128: (124.7, 45.0),
-    192: (280.2, 101.9),
-    256: (497.8, 180.8),
-    320: (777.5, 282.1),
-    384: (1119.3, 405.9),
+SIZES = {  # preset: millions of parameters with and without classes, Gflops (tables 2, 3 and 6)
+    "edm2-img512-xxs": (31.31, 31.05, None),
+    "edm2-img512-xs": (124.71, 124.20, 45.5),
+    "edm2-img512-s": (280.21, 279.44, 102.2),
+    "edm2-img512-m": (497.81, 496.78, 180.8),
+    "edm2-img512-l": (777.50, 776.22, 282.2),
+    "edm2-img512-xl": (1119.28, 1117.75, 405.9),
+    "edm2-img512-xxl": (1523.16, 1521.37, 552.1),
+    "edm2-img64-xs": (124.7, None, 45.0),
+    "edm2-img64-s": (280.2, None, 101.9),
+    "edm2-img64-m": (497.8, None, 180.8),
+    "edm2-img64-l": (777.5, None, 282.1),
+    "edm2-img64-xl": (1119.3, None, 405.9),
 }
 
 SMALL = NetworkConfig(
@@ -49,10 +46,6 @@ SMALL = NetworkConfig(
     num_blocks=1,
     attn_resolutions=(8,),
 )
-
-
-def sized(channels, **changes):
-    return dataclasses.replace(LATENTS, model_channels=channels, **changes)
 
 
 def new_network(letter, seed=0, **changes):
@@ -73,40 +66,39 @@ def inputs(network, count=4, seed=1):
 # ---- the paper's tables
 
 
+def millions(network, digits=2):
+    """Parameters as the tables print them."""
+    return round(num_parameters(network) / 1e6, digits)
+
+
 @pytest.mark.parametrize("letter", TABLE_1)
 def test_configs_have_the_parameters_and_the_cost_of_table_1(letter):
-    network = network_of_config(LATENTS, letter)
-    millions, gflops = TABLE_1[letter]
-    assert round(num_parameters(network) / 1e6, 2) == millions
+    network = with_config(preset("edm2-img512-s"), letter).network
+    parameters, gflops = TABLE_1[letter]
+    assert millions(network) == parameters
     assert gflops_per_evaluation(network) == pytest.approx(gflops, rel=0.01)
 
 
-@pytest.mark.parametrize("channels", SIZES_512)
-def test_configs_at_every_size_have_the_parameters_and_the_cost_of_table_6(channels):
-    with_classes, without, gflops = SIZES_512[channels]
-    assert round(num_parameters(sized(channels)) / 1e6, 2) == with_classes
-    assert round(num_parameters(sized(channels, label_dim=0)) / 1e6, 2) == without
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_have_the_parameters_and_the_cost_of_table_6(name):
+    with_classes, without, gflops = SIZES[name]
+    network = preset(name).network
+    assert millions(network, 2 if "img512" in name else 1) == with_classes
+    if without is not None:
+        assert millions(preset(f"{name}-uncond").network) == without
     if gflops is not None:
-        assert gflops_per_evaluation(sized(channels)) == pytest.approx(gflops, rel=0.01)
-
-
-@pytest.mark.parametrize("channels", SIZES_64)
-def test_configs_for_rgb_images_have_the_parameters_and_the_cost_of_table_6(channels):
-    millions, gflops = SIZES_64[channels]
-    network = sized(channels, img_channels=3)
-    assert round(num_parameters(network) / 1e6, 1) == millions
-    assert gflops_per_evaluation(network) == pytest.approx(gflops, rel=0.01)
+        assert gflops_per_evaluation(network) == pytest.approx(gflops, rel=0.01)
 
 
 @pytest.mark.parametrize(("letter", "blocks"), [("A", 22), ("B", 15), ("G", 15)])
 def test_configs_attend_in_as_many_blocks_as_in_table_1(letter, blocks):
-    plan = plan_unet(network_of_config(LATENTS, letter))
+    plan = plan_unet(with_config(preset("edm2-img512-s"), letter).network)
     assert sum(block.attention for block in (*plan.encoder, *plan.decoder)) == blocks
 
 
 @pytest.mark.parametrize("letter", CONFIGS)
 def test_configs_without_classes_lack_the_class_embedding_alone(letter):
-    network = network_of_config(LATENTS, letter)
+    network = with_config(preset("edm2-img512-s"), letter).network
     without = dataclasses.replace(network, label_dim=0)
     assert num_parameters(network) - num_parameters(without) == 1000 * 4 * 192
 

@@ -220,12 +220,12 @@ class ResidualBranch(nn.Module):
         y = resample(functional.silu(self.norm0(x)), self.resampling)
         y = self.norm1(self.conv0(y, gain=self.silu_gain))
         modulation = self.emb(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)
-        modulation = modulation[:, :, None, None].to(y.dtype)
+        modulation = modulation[:, :, None, None]
         if self.shifts:
             scale, shift = modulation.chunk(2, dim=1)
-            y = torch.addcmul(shift, y, scale + 1)
+            y = torch.addcmul(shift.to(y.dtype), y, (scale + 1).to(y.dtype))
         else:
-            y = y * (modulation + 1)
+            y = y * (modulation + 1).to(y.dtype)
         y = functional.silu(y)
         if self.dropout:
             y = functional.dropout(y, self.dropout, training=self.training)
@@ -372,7 +372,8 @@ class Embedding(nn.Module):
         if self.label is not None and labels is not None:
             share_noise, share_label = self.shares
             of_label = self.label(labels.to(torch.float32) * self.label_scale)
-            emb = torch.add(emb * share_noise, of_label, alpha=share_label)
+            # Not torch.add with its alpha: beside a linear layer, torch.compile loses it (torch 2.13).
+            emb = emb * share_noise + of_label * share_label
         return functional.silu(emb) * self.silu_gain
 
     def fold(self) -> None:

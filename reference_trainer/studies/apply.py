@@ -7,11 +7,12 @@ folder share runs and numbers. A second call finds everything there and does not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from reference_trainer.studies.records import (
 _FORMAT = "reference_trainer study numbers"
 Progress = Callable[[str, int, int], None]
 """Called with what was done, jobs done, jobs in all."""
+_Job = tuple[str, Callable[..., None], tuple[Any, ...]]
+"""What is said when it is done, the function, its arguments."""
 
 
 def run_folder_of(out: Path, run: str) -> Path:
@@ -74,48 +77,59 @@ def apply(
         ConfigError: the folder holds a run of one of the names with another configuration.
         SnapshotFormatError: a file of numbers is damaged.
     """
+    compares = any(isinstance(m, Quality) for m in plan.measurements)
     groups: dict[str, list[Measurement]] = {}
     for measurement in plan.measurements:
         groups.setdefault(runs_of(measurement)[0], []).append(measurement)
-    stages: list[list[tuple[str, Callable[..., None], tuple[Any, ...]]]] = [
+    stages: list[list[_Job]] = [
         [(f"trained {run.name}", train_run, (run, out, device)) for run in plan.runs],
+        [("looked at the training images", refer, (scale, out, device))] if compares else [],
         [
             (f"measured {name}", measure_run, (name, plan, group, scale, out, device))
             for name, group in groups.items()
         ],
     ]
     total, done = sum(map(len, stages)), 0
-    for stage in stages:  # a guide must be trained before a guided network is measured
-        if stage is stages[1] and any(isinstance(m, Quality) for m in plan.measurements):
-            from reference_trainer.studies.measuring import make_reference
-
-            make_reference(scale, reference_file_of(out), device)
-        for text in _each(stage, jobs):
-            done += 1
-            if progress is not None:
-                progress(text, done, total)
+    with _workers(jobs) as pool:
+        for stage in stages:  # a guide must be trained before a guided network is measured
+            for text in _each(stage, pool):
+                done += 1
+                if progress is not None:
+                    progress(text, done, total)
     kept = {name: read_numbers(out, name) for name in groups}
     identity = _Identity(plan, scale, out)
     return {m: kept[runs_of(m)[0]][identity.key(m)] for m in plan.measurements}
 
 
-def _each(stage: Sequence[tuple[str, Callable[..., None], tuple[Any, ...]]], jobs: int) -> Any:
-    """Do the jobs of a stage, here or in processes; gives the text of each as it is done."""
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that work at the same time; none for one job at a time."""
     if jobs == 1:
+        yield None
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_one_of_many, initargs=(threads,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _each(stage: Sequence[_Job], pool: ProcessPoolExecutor | None) -> Iterator[str]:
+    """Do the jobs of a stage, here or in processes; gives the text of each as it is done."""
+    if pool is None:
         for text, function, arguments in stage:
             function(*arguments)
             yield text
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_one_of_many, initargs=(threads,)
-    ) as pool:
-        texts: dict[Future[None], str] = {
-            pool.submit(function, *arguments): text for text, function, arguments in stage
-        }
-        for future in as_completed(texts):
-            future.result()
-            yield texts[future]
+    texts: dict[Future[None], str] = {
+        pool.submit(function, *arguments): text for text, function, arguments in stage
+    }
+    for future in as_completed(texts):
+        future.result()
+        yield texts[future]
 
 
 def _one_of_many(threads: int) -> None:
@@ -123,6 +137,13 @@ def _one_of_many(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def refer(scale: Scale, out: Path, device: str) -> None:
+    """Make the statistics of the training images, if the metric needs them and they are missing."""
+    from reference_trainer.studies.measuring import make_reference
+
+    make_reference(scale, reference_file_of(out), device)
 
 
 def train_run(run: Run, out: Path, device: str) -> None:

@@ -23,7 +23,11 @@ from reference_trainer.metrics.collection import (
     keep_all,
 )
 from reference_trainer.metrics.extractors import Extractor, open_extractor
-from reference_trainer.metrics.feature_sets import kernel_distance, precision_recall
+from reference_trainer.metrics.feature_sets import (
+    kernel_distance,
+    load_formulas,
+    precision_recall,
+)
 from reference_trainer.metrics.frechet import frechet_distance
 from reference_trainer.metrics.reference import Reference, check_fits, read_references
 
@@ -118,6 +122,9 @@ def open_evaluator(
         raise ConfigError(
             f"weights are given for {unused[0]}, and the metrics use {', '.join(names)}. Leave them out."
         )
+    for metric in chosen:
+        if metric.needs_features:
+            load_formulas(metric.measure)  # missing packages are told before any image is made
     stored = {} if reference is None else read_references(reference)
     references = {name: _reference(name, chosen, stored, reference) for name in names}
     extractors = {name: open_extractor(name, weights.get(name), device) for name in names}

@@ -33,7 +33,7 @@ def kernel_distance(generated: Features, real: Features) -> float:
     """
     _need(2, generated, real)
     size = min(SUBSET_SIZE, len(generated), len(real))
-    result: dict[str, Any] = load_torch_fidelity("metric_kid").kid_features_to_metric(
+    result: dict[str, Any] = load_formulas("kid").kid_features_to_metric(
         torch.from_numpy(generated).double(),
         torch.from_numpy(real).double(),
         kid_subsets=SUBSETS,
@@ -59,7 +59,7 @@ def precision_recall(generated: Features, real: Features) -> tuple[float, float]
         MetricError: a set has no third neighbours, or torch-fidelity is missing.
     """
     _need(NEIGHBOURS + 1, generated, real)
-    result: dict[str, Any] = load_torch_fidelity("metric_prc").prc_features_to_metric(
+    result: dict[str, Any] = load_formulas("precision-recall").prc_features_to_metric(
         torch.from_numpy(generated),
         torch.from_numpy(real),
         prc_neighborhood=NEIGHBOURS,
@@ -67,6 +67,15 @@ def precision_recall(generated: Features, real: Features) -> tuple[float, float]
         verbose=False,
     )
     return float(result["precision"]), float(result["recall"])
+
+
+def load_formulas(measure: str) -> Any:
+    """The module of torch-fidelity with a measure's formulas, "kid" or "precision-recall".
+
+    Raises:
+        MetricError: torch-fidelity cannot be loaded.
+    """
+    return load_torch_fidelity({"kid": "metric_kid", "precision-recall": "metric_prc"}[measure])
 
 
 def _need(count: int, generated: Features, real: Features) -> None:

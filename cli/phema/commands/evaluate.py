@@ -183,7 +183,7 @@ def _of_images(
     from reference_trainer.data import load_dataset
     from reference_trainer.metrics import choose, of_dataset
 
-    dataset = load_dataset(str(source))
+    dataset = load_dataset(str(source.absolute()))  # never a built-in set of that name
     count = num_images or len(dataset) // repeats
     if count * repeats > len(dataset):
         raise ConfigError(

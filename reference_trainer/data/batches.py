@@ -144,7 +144,7 @@ def check_fits(dataset: Dataset, config: TrainConfig) -> None:
     Raises:
         ConfigError: resolution, channels, labels or their mapping are not those of the network.
     """
-    network, name = config.network, repr(dataset.name)
+    network, name = config.network, repr(config.data.path or dataset.name)
     if dataset.kind != config.data.kind:
         raise ConfigError(
             f"data.kind must be {dataset.kind!r} for the data set {name}, got {config.data.kind!r}."

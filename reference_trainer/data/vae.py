@@ -7,6 +7,7 @@ which it used.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def load_autoencoder(
     inner = Path(source) / "vae"
     folder = str(inner) if (inner / "config.json").is_file() else source
     try:
-        model = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+        with warnings.catch_warnings():  # of diffusers about its own use of huggingface_hub
+            warnings.simplefilter("ignore")
+            model = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(

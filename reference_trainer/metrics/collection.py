@@ -150,38 +150,46 @@ def keep_all(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 
 class _Part:
-    """What one extractor has seen so far in this process."""
+    """What one extractor has seen so far in this process; sums stay on its device."""
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        keep: Keep | None,
-    ) -> None:
+    def __init__(self, extractor: Extractor, keep: Keep | None) -> None:
         self._extractor, self._keep = extractor, keep
-        self._statistics = FeatureStatistics.empty(extractor.feature_dim)
+        dim = extractor.feature_dim
+        self._count = 0
+        self._total = torch.zeros(dim, dtype=torch.float64, device=extractor.device)
+        self._outer = torch.zeros(dim, dim, dtype=torch.float64, device=extractor.device)
         self._kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
         self._right, self._asked = 0, 0
 
     def add(self, batch: ImageBatch) -> None:
         images = torch.tensor(batch.images).to(self._extractor.device)
         features = self._extractor(images)
-        values = features.float().cpu().numpy()
-        self._statistics = self._statistics.updated(values)
+        x = features.double()
+        self._count += len(x)
+        self._total += x.sum(dim=0)
+        self._outer.addmm_(x.T, x)
         if self._keep is not None:
-            positions = np.arange(batch.first, batch.first + len(values))
+            positions = np.arange(batch.first, batch.first + len(x))
             chosen = self._keep(positions)
-            self._kept.append((positions[chosen], values[chosen]))
+            self._kept.append((positions[chosen], features.float().cpu().numpy()[chosen]))
         classes = getattr(self._extractor, "classes", None)
         if batch.labels is not None and classes is not None:
             self._right += int((classes(features).cpu().numpy() == batch.labels).sum())
             self._asked += len(batch.labels)
 
     def result(self, ranks: Ranks | None) -> FeatureSet:
-        statistics, right, asked = self._statistics, self._right, self._asked
+        total, outer = (sums.cpu().numpy() for sums in (self._total, self._outer))
+        statistics = FeatureStatistics(self._count, total, outer)
+        right, asked = self._right, self._asked
         if ranks is not None and ranks.world_size > 1:
             statistics = reduced(statistics, ranks)
             counts = ranks.sum_(torch.tensor([right, asked]))
             right, asked = (int(n) for n in counts)
+        if not np.isfinite(statistics.outer).all():
+            raise MetricError(
+                f"the {self._extractor.name} features of the images hold NaN or infinity; check the "
+                "weights of the extractor."
+            )
         features = self._gathered(ranks) if self._keep is not None else None
         return FeatureSet(statistics, features, right if asked else None)
 
@@ -244,7 +252,7 @@ def of_dataset(
     ranks: Ranks | None = None,
     threads: int = 4,
 ) -> Iterator[Images]:
-    """Read chosen images of a data set batch by batch, some batches ahead.
+    """Read chosen images of a data set, with their labels if it has some, a few batches ahead.
 
     Args:
         dataset: of pixels.
@@ -264,7 +272,8 @@ def of_dataset(
         )
 
     def read(start: int, stop: int) -> Images:
-        return Images(start, dataset.read(chosen[start:stop])[0])
+        values, labels = dataset.read(chosen[start:stop])
+        return Images(start, values, labels if dataset.label_dim else None)
 
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[Images]] = collections.deque()

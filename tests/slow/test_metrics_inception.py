@@ -11,7 +11,7 @@ from reference_trainer.data import load_dataset
 from tests.unit.metric_weights import fidelity, write_inception
 
 pytestmark = pytest.mark.timeout(1200)
-COUNT = 40
+COUNT = 24
 
 
 def write_folder(folder, images):

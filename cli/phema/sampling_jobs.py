@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phema.guides import Guidance
+from phema.measuring import decoder
 from phema.networks import Average
 from phema.output import output_folder, progress
-from posthoc_ema import ConfigError
 
 if TYPE_CHECKING:
     from reference_trainer.distributed import DistributedContext
@@ -33,6 +33,7 @@ class SamplingJob:
         compiled: whether the network is compiled.
         batch_size: images at a time.
         vae: autoencoder of latents, folder or name.
+        input_range: range of the pixels that it was fed when the latents were made.
         ranks: this process among those of the job.
     """
 
@@ -45,6 +46,7 @@ class SamplingJob:
     compiled: bool
     batch_size: int
     vae: str | None
+    input_range: str
     ranks: DistributedContext
 
     def classes(self, average: Average) -> list[int] | None:
@@ -62,7 +64,7 @@ class SamplingJob:
             "sampler": sampler,
             "classes": self.classes(average),
             "precision": self.precision or average.config.network.dtype,
-            "vae": self.vae,
+            "vae": None if self.vae is None else [self.vae, self.input_range],
         }
 
 
@@ -113,7 +115,7 @@ def _batches(job: SamplingJob, average: Average, **options: Any) -> Iterator[Ima
         labels=[turn[seed % len(turn)] for seed in job.seeds] if turn else None,
         precision=job.precision,
         compiled=job.compiled,
-        decode=_decoder(job, average),
+        decode=decoder(average, job.vae, job.ranks.device, job.input_range),
         rank=job.ranks.rank,
         world_size=job.ranks.world_size,
         **options,
@@ -128,22 +130,6 @@ def _shown(
         for batch in batches:
             yield batch
             bar(batch.first + len(batch.seeds), len(job.seeds))
-
-
-def _decoder(job: SamplingJob, average: Average) -> Any:
-    """What makes pixels of latents; None for networks of pixels."""
-    if average.config.data.kind == "pixels":
-        if job.vae is not None:
-            raise ConfigError("--vae decodes latents, and this network makes pixels. Leave it out.")
-        return None
-    if job.vae is None:
-        raise ConfigError(
-            "this network makes latents: say which autoencoder decodes them, --vae FOLDER or NAME "
-            "(for the published networks stabilityai/sd-vae-ft-mse)."
-        )
-    from reference_trainer.data.vae import Autoencoder
-
-    return Autoencoder.load(job.vae, job.ranks.device).decode
 
 
 def _all_images(job: SamplingJob, average: Average) -> Any:

@@ -200,8 +200,17 @@ def measure_average(
     return setup.evaluator.measure(made, ranks=ranks, on_batch=report)
 
 
-def decoder(average: Average, vae: str | None, device: Any) -> Any:
+_DECODED = 8  # latents at a time
+
+
+def decoder(average: Average, vae: str | None, device: Any, input_range: str = "0..1") -> Any:
     """What makes pixels of a network's samples; None for networks of pixels.
+
+    Args:
+        average: the network.
+        vae: autoencoder of latents, folder or name.
+        device: where it computes.
+        input_range: range of the pixels that it was fed when the latents were made.
 
     Raises:
         ConfigError: --vae is missing, or out of place.
@@ -215,10 +224,19 @@ def decoder(average: Average, vae: str | None, device: Any) -> Any:
             "this network makes latents: say which autoencoder decodes them, --vae FOLDER or NAME "
             "(for the published networks stabilityai/sd-vae-ft-mse)."
         )
+    import numpy as np
+
     from reference_trainer.data.vae import load_autoencoder
 
-    autoencoder = load_autoencoder(vae, device=device)
-    return lambda latents: autoencoder.decode(latents).numpy()
+    autoencoder = load_autoencoder(vae, input_range=input_range, device=device)
+
+    def decode(latents: Any) -> Any:
+        # A few at a time: an autoencoder takes far more memory per image than the network.
+        return np.concatenate(
+            [autoencoder.decode(part).numpy() for part in latents.split(_DECODED)]
+        )
+
+    return decode
 
 
 class NetworkMetric:

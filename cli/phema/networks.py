@@ -59,14 +59,6 @@ class Average:
     identity: dict[str, Any]
 
 
-def open_networks(
-    source: Path, sigma_rel: str | None, at: int | None, device: str, command: str
-) -> Iterator[tuple[str, Precond]]:
-    """Label and network of each average; see `open_averages`."""
-    for average in open_averages(source, sigma_rel, at, device, command):
-        yield average.label, average.network
-
-
 def open_averages(
     source: Path,
     sigma_rel: str | None,

@@ -251,3 +251,51 @@ def test_memory_that_does_not_suffice_is_told_with_a_smaller_batch(phema, runs, 
     words = ("sample", "run", "--sigma-rel", "0.1", "--out", "a.png", "--batch-size", 64)
     phema(*words).refused("does not hold a batch of 64 images", "--batch-size 32")
     phema(*words[:-1], 1).refused("--precision bfloat16, a smaller network")
+
+
+@pytest.fixture(scope="module")
+def latent_run(tmp_path_factory):
+    """A run folder's weights of a network of latents, never trained, and its autoencoder."""
+    import warnings
+
+    import torch
+    from safetensors.torch import save_file
+
+    from reference_trainer.config import DataConfig, NetworkConfig, TrackConfig, TrainConfig
+    from reference_trainer.precond import Precond
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderKL
+
+        folder = tmp_path_factory.mktemp("latents")
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4
+        ).save_pretrained(folder / "vae")
+    network = NetworkConfig(
+        img_resolution=8, img_channels=4, label_dim=0, model_channels=8, channel_mult=(1,),
+        num_blocks=1, attn_resolutions=(),
+    )  # fmt: skip
+    data = DataConfig(
+        name="tiny", kind="latents", mean=(1.0, 0.0, 0.5, -1.0), scale=(0.1, 0.2, 0.3, 0.4)
+    )
+    config = TrainConfig(
+        network=network, data=data, track=TrackConfig(snapshot_every=64), total_images=64,
+        checkpoint_every=64, status_every=64,
+    )  # fmt: skip
+    weights = Precond(network, data).state_dict()
+    save_file(weights, folder / "w.safetensors", {"reference_trainer": config.to_json()})
+    return folder
+
+
+def test_networks_of_latents_are_decoded_by_their_autoencoder(phema, latent_run):
+    words = ("sample", latent_run / "w.safetensors", "--steps", 2, "--seeds", "0-9", "--out")
+    phema(*words, "a").refused("this network makes latents", "--vae FOLDER or NAME")
+    phema(*words, "a", "--vae", "gone").refused("autoencoder 'gone' cannot be loaded")
+    phema(*words, "a", "--vae", latent_run / "vae", "--batch-size", 10).succeeded()
+    assert pixels("a/00000009.png").shape == (8 * 2, 8 * 2, 3)
+    phema(*words, "b", "--vae", latent_run / "vae", "--input-range", "-1..1").succeeded()
+    assert files("a")["00000009.png"] != files("b")["00000009.png"]
+    bad = ("--vae", latent_run / "vae", "--input-range", "0..2")
+    phema(*words, "c", *bad).refused("input range must be one of 0..1, -1..1")

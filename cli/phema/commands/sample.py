@@ -91,6 +91,14 @@ def command(
         str | None,
         typer.Option(metavar="VAE", help="Autoencoder that decodes latents: folder or name."),
     ] = None,
+    input_range: Annotated[
+        str,
+        typer.Option(
+            "--input-range",
+            metavar="RANGE",
+            help="What the autoencoder was fed when the latents were made: 0..1 (EDM2) or -1..1.",
+        ),
+    ] = "0..1",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the images of a folder.")
     ] = False,
@@ -137,6 +145,7 @@ def command(
                 compiled=compiled,
                 batch_size=batch_size,
                 vae=vae,
+                input_range=input_range,
                 ranks=ranks,
             )
             if ranks.is_main and ranks.world_size > -(-len(numbers) // batch_size):

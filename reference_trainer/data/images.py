@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -95,14 +96,17 @@ def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def decode_latent(data: bytes, where: str, side: int | None = None) -> npt.NDArray[np.float32]:
-    """Numbers of a latent file (.npy), float32 `[channels, h, w]`.
+    """Numbers of a latent file (.npy), float32 `[channels, h, w]`; they may be a view of the bytes.
 
     Raises:
         ConfigError: it is damaged, holds anything but finite floats, or is of another shape.
     """
     try:
-        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError):
+        dtype, shape, order, start = npy_header(data[: _npy_start(data)])
+        count = (len(data) - start) // max(dtype.itemsize, 1)
+        flat = np.frombuffer(data, dtype, count, start)  # refuses Python objects
+        values = flat.reshape(shape, order=order)
+    except (ValueError, EOFError, OSError, SyntaxError, TypeError):
         raise ConfigError(
             f"{where} is no .npy file of numbers that can be read. Make it again with `phema dataset "
             "encode`."
@@ -116,6 +120,28 @@ def decode_latent(data: bytes, where: str, side: int | None = None) -> npt.NDArr
     if not np.isfinite(values).all():
         raise ConfigError(f"{where} holds numbers that are not finite. Make it again.")
     return values.astype(np.float32, copy=False)
+
+
+def _npy_start(data: bytes) -> int:
+    """Length of the header of a .npy file."""
+    wide = len(data) > 6 and data[6] > 1  # of version 2 on
+    return (12 if wide else 10) + int.from_bytes(data[8 : 12 if wide else 10], "little")
+
+
+@functools.lru_cache(maxsize=64)  # all files of a data set have the same
+def npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"], int]:
+    """Dtype, shape, order and length of the header of a .npy file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    buffer = io.BytesIO(header)
+    version = np.lib.format.read_magic(buffer)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(buffer)
+    return dtype, shape, "F" if fortran else "C", buffer.tell()
 
 
 def check_side(size: tuple[int, int], where: str, side: int | None) -> None:

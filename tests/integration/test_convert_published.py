@@ -82,3 +82,11 @@ def test_convert_refuses_what_does_not_become_a_network(phema, published, tmp_pa
     write_published(tmp_path / "other-0025165-0.130.pkl", tensors)
     done = phema("convert", "other-0025165-0.130.pkl", "--as-trainer", "--out", "x.safetensors")
     done.refused("not a network of EDM2's config G: it lacks a gain of the output")
+
+
+def test_convert_published_latents_ask_for_their_autoencoder(phema, tmp_path):
+    write_published(tmp_path / "edm2-tiny-0025165-0.130.pkl", publish(trained()))
+    convert = ("convert", "edm2-tiny-0025165-0.130.pkl", "--as-trainer", "--out")
+    assert "scaled as imagenet-512-latents" in phema(*convert, "tiny.safetensors").err
+    sample = ("sample", "tiny.safetensors", "--steps", "2", "--seeds", "0", "--out", "a.png")
+    phema(*sample).refused("--vae FOLDER or NAME", "sd-vae-ft-mse")

@@ -238,7 +238,9 @@ class Conv(nn.Module):
         if self.weights == "forced":
             weight = local_part(self.weight)
             if weight.numel():
-                weight.copy_(rms_normalize(weight, self._fan_in_axes))
+                axes, inverse_root_n = self._fan_in_axes, 1 / math.sqrt(weight[0].numel())
+                norm = torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
+                weight.mul_(norm.mul_(inverse_root_n).add_(EPSILON).reciprocal_())
 
     def applied_weight(self, gain: Tensor | float = 1.0) -> Tensor:
         """The weight that is applied, float32: rows of norm `gain`, or `gain` times what is stored."""

@@ -53,26 +53,25 @@ class Method:
 
 
 METHODS = (
-    Method(name="autoguidance", guide="guide-weaker", weights=(1.5, 2.0, 3.0)),
-    Method(name="classifier-free", guide="guide-unconditional", weights=(1.25, 1.5, 2.0)),
+    Method(name="autoguidance", guide="guide-weaker", weights=(1.25, 1.5, 2.0)),
+    Method(name="classifier-free", guide="guide-unconditional", weights=(1.15, 1.3, 1.6)),
     Method(
         name="classifier-free in an interval",
         guide="guide-unconditional",
-        weights=(1.5, 2.0, 3.0),
-        interval=(0.2, 2.0),
+        weights=(1.3, 1.6, 2.0),
+        interval=(0.3, 5.0),
     ),
 )
 """What is compared; the main network is that of the scale, small and briefly trained."""
 
 
 def _guide_config(scale: Scale, guide: str) -> TrainConfig:
-    """A guide of half the channels: trained for a quarter of the time, or without labels."""
+    """A guide of half the channels: a quarter of the training, or half of it without labels."""
     base = scale.base
     network = dataclasses.replace(base.network, model_channels=base.network.model_channels // 2)
-    if guide == "guide-unconditional":
-        network = dataclasses.replace(network, label_dim=0)
-        return dataclasses.replace(base, network=network)
     total = base.total_images // 4
+    if guide == "guide-unconditional":
+        network, total = dataclasses.replace(network, label_dim=0), base.total_images // 2
     return dataclasses.replace(
         base,
         network=network,

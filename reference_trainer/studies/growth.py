@@ -22,6 +22,9 @@ from reference_trainer.studies.statistics import Band, exponent
 SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Points of the run, as shares of its length."""
 
+SETTLED = 3 / 8
+"""Slopes are measured from this point on: before it every network finds its working point."""
+
 SIGMA_REL = 0.05
 """Length of the averages that are looked at; the paper too looks at averaged weights (A.6)."""
 
@@ -35,7 +38,8 @@ def _times(scale: Scale) -> list[int]:
     return sorted({snapshot_time(scale.base, share) for share in SHARES})
 
 
-def _measured(scale: Scale, run: str) -> list[Magnitudes]:
+def measurements_of(scale: Scale, run: str) -> list[Magnitudes]:
+    """The magnitudes of a run at every time."""
     return [
         Magnitudes(weights=Weights(run=run, sigma_rel=SIGMA_REL, at=at)) for at in _times(scale)
     ]
@@ -48,28 +52,38 @@ def plan(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Plan:
         run for seed in seeds for letter in LETTERS for run in config_runs(scale, letter, [seed])
     ]
     return Plan(
-        runs=tuple(runs), measurements=tuple(m for run in runs for m in _measured(scale, run.name))
+        runs=tuple(runs),
+        measurements=tuple(m for run in runs for m in measurements_of(scale, run.name)),
     )
 
 
 def slopes_of(
-    scale: Scale, seeds: Sequence[int], numbers: Numbers, kind: str
+    scale: Scale,
+    seeds: Sequence[int],
+    numbers: Numbers,
+    kind: str,
+    letters: Sequence[str] = LETTERS,
 ) -> dict[str, list[float]]:
-    """Slope of ln magnitude against ln time, per config and seed.
+    """Slope of ln magnitude against ln time after the beginning, per config and seed.
 
     Args:
         scale: the scale.
         seeds: the seeds.
         numbers: what was measured.
         kind: "activations", "weights" or "activations-r8" and so on.
+        letters: the configs.
     """
     times = _times(scale)
+    first = times.index(snapshot_time(scale.base, SETTLED))
     return {
         letter: [
-            exponent(times, [numbers[m][kind] for m in _measured(scale, run.name)])
+            exponent(
+                times[first:],
+                [numbers[m][kind] for m in measurements_of(scale, run.name)[first:]],
+            )
             for run in config_runs(scale, letter, seeds)
         ]
-        for letter in LETTERS
+        for letter in letters
     }
 
 
@@ -88,7 +102,7 @@ def report(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Report:
         ),
         tables=(
             Table(
-                caption="Slope of ln magnitude against ln time",
+                caption=f"Slope of ln magnitude against ln time, from {SETTLED:.0%} of the run on",
                 header=("config", *KINDS),
                 rows=tuple(rows),
             ),
@@ -117,17 +131,20 @@ def _flat(text: str, slopes: dict[str, list[float]]) -> Claim:
 
 
 def _panel(scale: Scale, seeds: Sequence[int], numbers: Numbers, kind: str) -> Panel:
+    """Magnitudes relative to the first ones, against the images seen."""
+    times = _times(scale)
     curves = []
     for letter in LETTERS:
         of = [
-            [numbers[m][kind] for m in _measured(scale, run.name)]
+            [numbers[m][kind] for m in measurements_of(scale, run.name)]
             for run in config_runs(scale, letter, seeds)
         ]
-        bands = [Band.of(values) for values in zip(*of, strict=True)]
+        relative = [[value / values[0] for value in values] for values in of]
+        bands = [Band.of(values) for values in zip(*relative, strict=True)]
         curves.append(
             BandCurve(
                 label=letter,
-                x=tuple(at / scale.base.batch_size for at in _times(scale)),
+                x=tuple(times),
                 low=tuple(band.low for band in bands),
                 middle=tuple(band.middle for band in bands),
                 high=tuple(band.high for band in bands),
@@ -135,8 +152,8 @@ def _panel(scale: Scale, seeds: Sequence[int], numbers: Numbers, kind: str) -> P
         )
     return Panel(
         title=f"magnitude of {kind}",
-        xlabel="training step",
-        ylabel="root mean square",
+        xlabel="images seen",
+        ylabel=f"root mean square / that at {times[0]}",
         curves=tuple(curves),
         log_y=True,
     )

@@ -107,8 +107,8 @@ class ArrayDataset:
     @property
     def fingerprint(self) -> str:
         """Hash of shape, values and labels."""
-        shape = np.asarray(self.images.shape, np.int64)
-        return fingerprint(shape.data, np.ascontiguousarray(self.images).data, self.labels.data)
+        shape = integers(np.asarray(self.images.shape))
+        return fingerprint(shape, self.images.tobytes(), integers(self.labels))
 
     def read(self, indices: Indices) -> tuple[Values, Indices]:
         """The images and labels at `indices`."""
@@ -121,3 +121,8 @@ def fingerprint(*parts: bytes | memoryview) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def integers(values: npt.NDArray[Any] | None) -> bytes:
+    """The same bytes on every machine; none for None."""
+    return b"" if values is None else values.astype("<i8").tobytes()

@@ -18,7 +18,7 @@ import numpy as np
 from posthoc_ema import ConfigError
 from posthoc_ema.tensor_files import strict_json
 from reference_trainer.data.archive import Files, open_files
-from reference_trainer.data.dataset import Indices, Kind, fingerprint
+from reference_trainer.data.dataset import Indices, Kind, fingerprint, integers
 from reference_trainer.data.images import IMAGE_SUFFIXES, LATENT_SUFFIX
 from reference_trainer.data.items import check_label
 
@@ -55,9 +55,8 @@ class FileItems:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of names, sizes and labels; the same for a folder and a zip of the same files."""
-        sizes = np.array([self._files.sizes[name] for name in self.names], np.int64)
-        labels = b"" if self.labels is None else self.labels.data
-        return fingerprint("\n".join(self.names).encode(), sizes.data, labels)
+        sizes = np.array([self._files.sizes[name] for name in self.names])
+        return fingerprint("\n".join(self.names).encode(), integers(sizes), integers(self.labels))
 
     def where(self, index: int) -> str:
         """Path of an item's file."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_ema import ConfigError
-from reference_trainer.data.dataset import Indices, Kind, fingerprint
+from reference_trainer.data.dataset import Indices, Kind, fingerprint, integers
 from reference_trainer.data.items import check_label
 
 _ONE, _SPLITS = "state.json", "dataset_dict.json"
@@ -50,8 +50,7 @@ class SavedItems:
     @property
     def fingerprint(self) -> str:
         """Hash of the fingerprint that `datasets` gave it, and of the labels."""
-        labels = b"" if self.labels is None else self.labels.data
-        return fingerprint(self._identity.encode(), labels)
+        return fingerprint(self._identity.encode(), integers(self.labels))
 
     def where(self, index: int) -> str:
         """Folder, row and column of an image."""

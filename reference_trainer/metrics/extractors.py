@@ -141,12 +141,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
+    switches, name, whole = _precision_switches()
+    before = [getattr(switch, name) for switch in switches]
     try:
         for switch in switches:
-            switch.allow_tf32 = False
+            setattr(switch, name, whole)
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+            setattr(switch, name, value)
+
+
+def _precision_switches() -> tuple[list[Any], str, Any]:
+    """Where PyTorch keeps the precision of float32 products: the modules, the attribute, its value."""
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since 2.9; the older switches cannot be read once these were used
+        return [cudnn.conv, torch.backends.cuda.matmul], "fp32_precision", "ieee"
+    return [cudnn, torch.backends.cuda.matmul], "allow_tf32", False

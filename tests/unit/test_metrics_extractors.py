@@ -9,7 +9,7 @@ from posthoc_ema.errors import ConfigError, MetricError, SnapshotFormatError
 from reference_trainer.data import load_dataset
 from reference_trainer.metrics import open_extractor
 from reference_trainer.metrics.dinov2 import fit_positions, normalised, open_dinov2
-from reference_trainer.metrics.extractors import as_rgb, weights_hash
+from reference_trainer.metrics.extractors import as_rgb, full_precision, weights_hash
 from reference_trainer.metrics.inception import load_torch_fidelity, open_inception
 
 from .metric_weights import random_inception, write_dinov2, write_inception
@@ -262,3 +262,14 @@ def test_random_weights_are_those_of_their_seed():
     first, second = random_inception(1), random_inception(1)
     name = "Mixed_5b.branch1x1.conv.weight"
     assert torch.equal(first[name], second[name])
+
+
+def test_products_are_in_whole_float32_for_the_time_of_a_block():
+    """The switches exist without a GPU, too."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = (conv.fp32_precision, matmul.fp32_precision)
+    with full_precision(torch.device("cuda")):
+        assert (conv.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
+    assert (conv.fp32_precision, matmul.fp32_precision) == before
+    with full_precision(torch.device("cpu")):
+        assert (conv.fp32_precision, matmul.fp32_precision) == before

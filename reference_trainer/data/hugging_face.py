@@ -101,7 +101,7 @@ def open_saved_rows(path: Path) -> Any:
         ) from None
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"data {path} cannot be read by datasets ({type(error).__name__}). Save it again with "
             "save_to_disk."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -250,7 +251,7 @@ def of_dataset(
     *,
     batch_size: int = 64,
     ranks: Ranks | None = None,
-    threads: int = 4,
+    threads: int = min(16, os.cpu_count() or 1),
 ) -> Iterator[Images]:
     """Read chosen images of a data set, with their labels if it has some, a few batches ahead.
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from posthoc_ema.errors import MetricError
-from reference_trainer.metrics.extractors import as_rgb, full_precision, weights_hash
+from reference_trainer.metrics.extractors import CHUNK, as_rgb, full_precision, weights_hash
 
 NAME = "dinov2"
 MODEL = "facebook/dinov2-large"
@@ -47,7 +47,11 @@ class DinoExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Extractor`."""
         with torch.no_grad(), full_precision(self.device):
-            return self._network(pixel_values=normalised(as_rgb(images))).pooler_output
+            parts = [
+                self._network(pixel_values=normalised(part)).pooler_output
+                for part in as_rgb(images).split(CHUNK)
+            ]
+        return torch.cat(parts)
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from posthoc_ema.errors import ConfigError, MetricError
 from posthoc_ema.tensor_files import byte_view
 
 EXTRACTORS = ("digits", "inception", "dinov2")
+CHUNK = 64
+"""Images that the large networks take at a time, however many they are given: memory stays bounded."""
 
 
 class Extractor(Protocol):

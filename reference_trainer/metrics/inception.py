@@ -18,7 +18,7 @@ import torch
 
 from posthoc_ema.errors import MetricError, SnapshotFormatError
 from posthoc_ema.importers.torch_files import open_pickle
-from reference_trainer.metrics.extractors import as_rgb, full_precision, weights_hash
+from reference_trainer.metrics.extractors import CHUNK, as_rgb, full_precision, weights_hash
 
 NAME = "inception"
 LAYER = "2048"  # torch-fidelity names layers by their width; this is the pooled one of FID, KID and recall
@@ -44,8 +44,8 @@ class InceptionExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Extractor`."""
         with torch.no_grad(), full_precision(self.device):
-            (features,) = self._network(as_rgb(images))
-        return features
+            parts = [self._network(part)[0] for part in as_rgb(images).split(CHUNK)]
+        return torch.cat(parts)
 
 
 def open_inception(

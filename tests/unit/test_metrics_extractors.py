@@ -273,3 +273,9 @@ def test_products_are_in_whole_float32_for_the_time_of_a_block():
     assert (conv.fp32_precision, matmul.fp32_precision) == before
     with full_precision(torch.device("cpu")):
         assert (conv.fp32_precision, matmul.fp32_precision) == before
+
+
+def test_large_batches_go_through_in_chunks(dinov2, monkeypatch):
+    whole = dinov2(images(5))
+    monkeypatch.setattr("reference_trainer.metrics.dinov2.CHUNK", 2)
+    assert torch.allclose(dinov2(images(5)), whole, atol=1e-5)

@@ -5,7 +5,15 @@ import pytest
 from PIL import Image
 
 from posthoc_ema import RAW, SnapshotWriteError, plan_synthesis
-from posthoc_ema.plotting import _y_range, plot_images, plot_profiles, plot_sweep
+from posthoc_ema.plotting import (
+    BandCurve,
+    Panel,
+    _y_range,
+    plot_images,
+    plot_panels,
+    plot_profiles,
+    plot_sweep,
+)
 
 from .stores import make_store
 
@@ -124,3 +132,42 @@ def test_a_picture_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(SnapshotWriteError, match=r"folder\.png: could not be written"):
         plot_sweep([CURVE], tmp_path / "folder.png", ylabel="FD")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def band_curve(label, mark=None, y=(2.0, 1.0, 3.0)):
+    low, high = (tuple(v * f for v in y) for f in (0.9, 1.1))
+    return BandCurve(label=label, x=(0.05, 0.1, 0.2), low=low, middle=y, high=high, mark=mark)
+
+
+def panel(*curves, **options):
+    return Panel(title="t", xlabel="sigma_rel", ylabel="y", curves=curves, **options)
+
+
+def test_panels_stand_side_by_side_in_rows_of_two(tmp_path):
+    sizes = []
+    for count in (1, 2, 3):
+        plot_panels([panel(band_curve("a"))] * count, tmp_path / "a.png")
+        sizes.append(size(tmp_path / "a.png"))
+        assert 0.01 < ink(tmp_path / "a.png") < 0.3
+    assert sizes == [(600, 390), (1200, 390), (1200, 780)]
+
+
+def test_a_band_is_shaded_and_a_point_is_circled(tmp_path):
+    x, y = (0.05, 0.1, 0.2), (2.0, 1.0, 3.0)
+    line = BandCurve(label="a", x=x, low=y, middle=y, high=y)
+    plot_panels([panel(line)], tmp_path / "line.png")
+    plot_panels([panel(band_curve("a"))], tmp_path / "band.png")
+    plot_panels([panel(band_curve("a", mark=(0.1, 1.0)))], tmp_path / "mark.png")
+    assert ink(tmp_path / "line.png") < ink(tmp_path / "band.png")
+    assert dark(tmp_path / "band.png") < dark(tmp_path / "mark.png")
+
+
+def dark(path):
+    """Share of pixels of strong colour; a band's are pale."""
+    return float(np.mean(pixels(path).min(axis=2) < 100))
+
+
+def test_more_curves_than_colours_are_drawn(tmp_path):
+    curves = [band_curve(str(i), y=(i + 1.0, i + 2.0, i + 3.0)) for i in range(9)]
+    plot_panels([panel(*curves, log_y=True)], tmp_path / "a.png")
+    assert shows(tmp_path / "a.png", (0, 0, 0))

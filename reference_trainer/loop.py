@@ -30,7 +30,7 @@ from reference_trainer.run_folder import run_folder
 from reference_trainer.run_log import Event, Report, RunLog, Status
 from reference_trainer.run_loggers import RunInfo, check_loggers, loggers
 from reference_trainer.schedule import learning_rate
-from reference_trainer.state import TrainState, new_state, train_step
+from reference_trainer.state import TrainState, new_state, release, train_step
 
 __all__ = ["TrainResult", "resolve_device", "train"]
 
@@ -113,6 +113,7 @@ def train(
         assert batches is not None
         stack.callback(batches.close)
         state = new_state(config, folder, ranks.device, ranks=ranks)
+        stack.callback(release, state)
         for tracker in state.trackers.values():
             stack.enter_context(tracker)
         begin(state, config, checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,7 @@ def memory_advice(config: TrainConfig, ranks: DistributedContext) -> Iterator[No
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold tensors, and replicas
         raise ConfigError(advice(config, ranks)) from error
 
 

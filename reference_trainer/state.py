@@ -158,6 +158,15 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig) -> None
         state.dynamics = measure(state.network, state.optimizer, given, step, state.ranks)
 
 
+def release(state: TrainState) -> None:
+    """Let go of what connects the processes; to be called before their process group ends.
+
+    Replicas that outlive the group would end it themselves, in a way that can wait for ever: the group's
+    threads need Python's lock to let go of their tensors, and the replicas' destructor holds it.
+    """
+    state.loss = nn.Identity()
+
+
 def dynamics_are_due(nimg: int, config: TrainConfig) -> bool:
     """Whether the training dynamics are measured after the step that ends at `nimg` images."""
     return config.telemetry_every is not None and nimg % config.telemetry_every == 0

@@ -14,7 +14,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from posthoc_ema import ConfigError
@@ -202,5 +202,5 @@ class ZipFiles:
 
 def is_inside(name: str) -> bool:
     """Whether a name is relative and stays inside of its folder."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return bool(name) and not parts.is_absolute() and ".." not in parts.parts and ":" not in name
+    parts = name.replace("\\", "/").split("/")
+    return bool(parts[0]) and ".." not in parts and name[1:2] != ":"  # C:, a drive of Windows

@@ -216,7 +216,12 @@ class _Resident:
         self._values, self._labels = values.to(device), labels.to(device)
 
     def take(self, nimg: int) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(self._order.at(nimg)).to(self._values.device)
+        index = torch.from_numpy(self._order.at(nimg))
+        if (
+            self._values.is_cuda
+        ):  # a copy from other memory would wait for all that the GPU has to do
+            index = index.pin_memory()
+        index = index.to(self._values.device, non_blocking=True)
         return self._values[index], self._labels[index]
 
     def close(self) -> None:

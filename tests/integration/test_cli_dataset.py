@@ -79,20 +79,17 @@ def test_convert_says_what_it_made_and_stats_what_to_train_with(phema, made):
 def test_a_conversion_that_is_killed_goes_on_and_ends_the_same(start, phema, tmp_path, made):
     partial = tmp_path / ".a.zip.partial.zip"
     words = ("dataset", "convert", "photos-64", "a.zip", "--resolution", 16)
-    reached = 0
-    for _ in range(2):
-        running = start(*words)
-        deadline = time.monotonic() + 90
-        while not (partial.exists() and partial.stat().st_size > reached + 300_000):
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(running.pid, signal.SIGKILL)
-        running.wait()
-        reached = partial.stat().st_size
-        assert not (tmp_path / "a.zip").exists()
+    running = start(*words)
+    deadline = time.monotonic() + 90
+    while not (partial.exists() and partial.stat().st_size > 500_000):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "a.zip").exists()
     done = json.loads(phema(*words, "--json").succeeded())
-    assert 600 < done["already"] < 5016
+    assert 500 < done["already"] < 5016
     assert (tmp_path / "a.zip").read_bytes() == made.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
@@ -105,6 +102,31 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(process, phema, 
     out = phema(*words).succeeded()
     assert out.startswith("a.zip: 5016 items (")
     assert (tmp_path / "a.zip").read_bytes() == made.read_bytes()
+
+
+def test_a_folder_is_not_converted_into_itself(phema, unchanged):
+    Path("in").mkdir()
+    Path("in/a.png").write_bytes(picture())
+    with unchanged():
+        for out in ("in", "in/out"):
+            words = ("dataset", "convert", "in", out, "--resolution", 8)
+            phema(*words).refused(f"{out} lies in in, which is read.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nowhere", "a.zip", "--resolution", 8), "data set must be one of: digits"),
+        (("no/where", "a.zip", "--resolution", 8), "data no/where does not exist"),
+        (("digits", "a.zip", "--resolution", 12), "resolution must be a power of two, got 12"),
+        (("digits", "a.zip", "--resolution", 8, "--crop", "x"), "crop must be one of adm, center"),
+        (("digits", "a.zip", "--resolution", 8, "--labels", "x"), "has labels of its own"),
+        (("digits", "digits.txt/a.zip", "--resolution", 8), "could not be written"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_do(phema, words, message):
+    Path("digits.txt").write_text("")
+    phema("dataset", "convert", *words).refused(message)
 
 
 # ---- encode

@@ -55,6 +55,7 @@ def convert(
 
     PNG files without compression, and dataset.json. Interrupted, the same command goes on where it was.
     """
+    _check_apart(source, out)
     with extra("dataset convert"):
         from reference_trainer.data.conversion import ConversionOptions
         from reference_trainer.data.conversion import convert as run
@@ -94,6 +95,7 @@ def encode(
 
     Interrupted, the same command goes on where it was. The range is written into dataset.json.
     """
+    _check_apart(source, out)
     with extra("dataset encode"):
         from reference_trainer.data import load_dataset
         from reference_trainer.data.encoding import encode as run
@@ -162,6 +164,14 @@ def stats(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"convert": convert, "encode": encode, "stats": stats}
+
+
+def _check_apart(source: str, out: Path) -> None:
+    """A folder that grows inside of its own source would be part of it."""
+    if out.suffix != ".zip" and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(
+            f"{out} lies in {source}, which is read. Choose a destination outside of it."
+        )
 
 
 def _say(written: Written, json: bool) -> None:

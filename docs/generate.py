@@ -15,12 +15,20 @@ COMMANDS = (
     "evaluate",
     "synth",
     "sweep",
+    "study",
     "plan",
     "prune",
     "plot",
     "ls",
     "verify",
     "convert",
+    "dataset",
+    "dataset convert",
+    "dataset encode",
+    "dataset stats",
+    "reference",
+    "reference make",
+    "reference import",
 )
 PAGE = Path(__file__).parent / "reference" / "command-line.md"
 INTRODUCTION = """\
@@ -45,7 +53,7 @@ def help_text(*words: str) -> str:
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, f"```text\n{help_text()}\n```\n"]
-    parts += [f"## phema {name}\n\n```text\n{help_text(name)}\n```\n" for name in COMMANDS]
+    parts += [f"## phema {name}\n\n```text\n{help_text(*name.split())}\n```\n" for name in COMMANDS]
     return "\n".join(parts)
 
 

@@ -57,7 +57,7 @@ def resolve(options: TrainOptions) -> TrainConfig:
     if options.seed is not None:
         value["seed"] = options.seed
     if options.data is not None:
-        value["data"] |= _data(options.data)
+        _fit_to_data(value, options.data)
     if options.direct is not None:
         value["track"]["direct_sigma_rels"] = parse_sigma_rels(options.direct)
         if RAW in value["track"]["direct_sigma_rels"]:
@@ -96,12 +96,25 @@ def _base(options: TrainOptions) -> TrainConfig:
     return base if letter is None else with_config(base, letter)
 
 
-def _data(source: str) -> dict[str, Any]:
-    from reference_trainer.data.loading import is_path
+def _fit_to_data(value: dict[str, Any], source: str) -> None:
+    """Put a data set into a configuration: its mapping to network units, its channels and classes.
 
-    if is_path(source):
-        return {"path": source, "name": Path(source).stem}
-    return {"path": None, "name": source}
+    The published mapping of an edm2-* preset stays where it is of the same kind of data. A network
+    without classes stays without; data without labels does not fit one with classes, which training says.
+    """
+    from reference_trainer.config.records import encode
+    from reference_trainer.data import load_dataset
+    from reference_trainer.data.statistics import data_config_for
+
+    measured = encode(data_config_for(source, value["data"]["sigma_data"]))
+    dataset, network = load_dataset(source), value["network"]
+    published = value["name"].startswith("edm2-") and measured["kind"] == value["data"]["kind"]
+    if published and dataset.channels == network["img_channels"]:
+        measured |= {key: value["data"][key] for key in ("mean", "scale")}
+    value["data"] = measured
+    network["img_channels"] = dataset.channels
+    if network["label_dim"] and dataset.label_dim:
+        network["label_dim"] = dataset.label_dim
 
 
 def _read(file: Path) -> TrainConfig:

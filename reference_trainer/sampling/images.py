@@ -120,9 +120,8 @@ def image_batches(
     check_seeds(seeds)
     given = checked_labels(labels, len(seeds), network.label_dim)
     sampler = sampler or SamplerConfig()
-    denoisers_of(
-        cast("Denoiser | StepwiseDenoiser", network), plan_steps(sampler)
-    )  # refuses what does not fit before anything is made
+    # Refuses guidance that does not fit before anything is made.
+    denoisers_of(cast("Denoiser | StepwiseDenoiser", network), plan_steps(sampler))
     job = _Job(
         network=network,
         denoise=evaluated(network, precision, compiled),
@@ -253,8 +252,8 @@ def evaluated(network: Any, precision: str | None = None, compiled: bool = False
         compiled: through `torch.compile`.
 
     Returns:
-        An evaluation copy with weight normalisation folded; the network itself if it is of a kind that
-        does not fold.
+        An evaluation copy with weight normalisation folded; the network itself if it is one already or
+        of a kind that does not fold.
 
     Raises:
         ConfigError: the precision is unknown, or the network cannot change it.
@@ -264,14 +263,23 @@ def evaluated(network: Any, precision: str | None = None, compiled: bool = False
     members = getattr(network, "members", None)
     if members is not None:
         return network.with_members([evaluated(m, precision, compiled) for m in members])
-    if hasattr(network, "folded"):
-        network = network.folded(None if precision is None else getattr(torch, precision))
+    dtype = None if precision is None else getattr(torch, precision)
+    if _is_folded(network) and dtype in (None, network.dtype):
+        pass
+    elif hasattr(network, "folded") and not _is_folded(network):
+        network = network.folded(dtype)
     elif precision is not None:
         raise ConfigError(
-            f"a {type(network).__name__} has no evaluation copy (folded) whose precision could be "
-            f"chosen, got precision {precision!r}. Leave it out."
+            f"precision {precision!r} can be chosen for a network that folds only, and this "
+            f"{type(network).__name__} does not or is folded already. Leave it out."
         )
     return torch.compile(network, dynamic=False) if compiled else network
+
+
+def _is_folded(network: Any) -> bool:
+    """Whether it is an evaluation copy: folding twice would scale the weights twice."""
+    modules = getattr(network, "modules", tuple)()
+    return any(getattr(module, "folded", None) is True for module in modules)
 
 
 @contextlib.contextmanager

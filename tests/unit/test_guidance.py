@@ -202,6 +202,18 @@ def test_a_guided_network_folds_every_member(tiny_network):
     assert [member.dtype for member in guided.members] == [torch.float32] * 2
 
 
+def test_an_evaluation_copy_is_not_folded_again(tiny_network):
+    folded = evaluated(tiny_network(10))
+    assert evaluated(folded) is folded
+    assert evaluated(folded, "float32") is folded
+    with pytest.raises(ConfigError, match="does not or is folded already"):
+        evaluated(folded, "bfloat16")
+    with pytest.raises(ConfigError, match="precision must be one of float32"):
+        evaluated(folded, "int8")
+    with pytest.raises(ConfigError, match="this Flat does not"):
+        evaluated(Flat(0), "float32")
+
+
 def test_guided_images_equal_those_of_the_formula(tiny_network):
     main, guide = tiny_network(10), tiny_network(0)
     images = sample_images(GuidedNetwork(main, [Guide(guide, 2.0)]), range(4), num_steps=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from posthoc_ema import ConfigError
@@ -79,6 +77,9 @@ def shard(network: Precond, ranks: DistributedContext) -> None:
 
     Scalars (gains) stay whole on every process; `average_whole_gradients` is for them.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     scalars = {p for p in network.parameters() if p.ndim == 0}
     for block in (*network.net.enc.values(), *network.net.dec.values()):
@@ -101,8 +102,8 @@ def new_loss(
 @contextlib.contextmanager
 def gradient_pass(loss: nn.Module, network: Precond, *, last: bool) -> Iterator[None]:
     """One forward and backward pass of a step: processes exchange gradients in the last one only."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(last)
+    if is_sharded(network):
+        network.set_requires_gradient_sync(last)  # type: ignore[operator]
     if isinstance(loss, DistributedDataParallel) and not last:
         with loss.no_sync():
             yield
@@ -112,29 +113,37 @@ def gradient_pass(loss: nn.Module, network: Precond, *, last: bool) -> Iterator[
 
 def average_whole_gradients(network: Precond) -> None:
     """Average over the processes the gradients of what FSDP2 leaves whole."""
-    if not isinstance(network, FSDPModule):
+    if not is_sharded(network):
         return
-    gradients = [
-        p.grad
-        for p in network.parameters()
-        if p.grad is not None and not isinstance(p.grad, DTensor)
-    ]
+    gradients = [p.grad for p in network.parameters() if p.grad is not None and not is_cut(p.grad)]
     if gradients:
         flat = torch.stack([g.reshape(()) for g in gradients])
         dist.all_reduce(flat)
         torch._foreach_copy_(gradients, list((flat / dist.get_world_size()).unbind()))
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; its module takes a second to import, and is not for that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard` has been applied; see `is_cut`."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(network, module.FSDPModule)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: a view, outside autograd."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which this process holds a part; all processes call it together."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
@@ -145,6 +154,9 @@ def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
         example: a tensor of the same shape, plain or cut.
     """
     tensor = tensor.to(example.device)
-    if not isinstance(example, DTensor):
+    if not is_cut(example):
         return tensor
-    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = example.device_mesh, example.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from posthoc_ema.torch import Tracker
 from reference_trainer.config import TrainConfig
@@ -19,7 +18,7 @@ from reference_trainer.data.sampler import entropy
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.gradients import compute_gradients, step_input
 from reference_trainer.loss_sums import LossSums
-from reference_trainer.parallel import images_per_pass, new_loss, shard
+from reference_trainer.parallel import images_per_pass, is_cut, new_loss, shard
 from reference_trainer.precond import Precond
 from reference_trainer.schedule import learning_rate
 from reference_trainer.seeds import INIT, seeded
@@ -92,8 +91,8 @@ def new_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
     """Adam; parameters that are cut over processes and whole ones in groups of their own."""
     optim = config.optim
     parameters = [p for p in network.parameters() if p.requires_grad]
-    cut = [p for p in parameters if isinstance(p, DTensor)]
-    uncut = [p for p in parameters if not isinstance(p, DTensor)]
+    cut = [p for p in parameters if is_cut(p)]
+    uncut = [p for p in parameters if not is_cut(p)]
     return torch.optim.Adam(
         [{"params": group} for group in (cut, uncut) if group],
         lr=optim.lr_ref,

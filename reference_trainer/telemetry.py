@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.gradients import StepInput
-from reference_trainer.parallel import local
+from reference_trainer.parallel import is_cut, is_sharded, local
 from reference_trainer.precond import Precond
 
 PROBE = 32
@@ -78,7 +76,7 @@ def measure(
     )
     rows = [[zero if (s := kind(p)) is None else s for _, p in named] for kind in kinds]
     # What all processes hold alike counts once; shards add up.
-    whole = torch.tensor([float(not isinstance(p, DTensor)) for _, p in named])
+    whole = torch.tensor([float(not is_cut(p)) for _, p in named])
     share = (1 - whole + whole / ranks.world_size).to(ranks.device, torch.float64)
     squares = [torch.stack(row).to(torch.float64) * share for row in rows]
     means = torch.stack(list(activations.values())).to(torch.float64) / ranks.world_size
@@ -137,8 +135,8 @@ def activation_squares(network: Precond, given: StepInput, count: int) -> dict[s
             if match:
                 stack.callback(module.register_forward_hook(hook(match[1])).remove)
         network(images + noise, sigma, labels)
-    if isinstance(network, FSDPModule):
-        network.reshard()  # no backward pass follows, which would do it
+    if is_sharded(network):
+        network.reshard()  # type: ignore[operator]  # no backward pass follows, which would do it
     return squares
 
 

@@ -51,6 +51,9 @@ class KeptStates:
         self._jobs.wait()
         self._checkpoints = [t for t in self._checkpoints if t != tracker.time] + [tracker.time]
         if self._is_new(tracker):
+            # A snapshot in flight is of the past that the script will resume from: were it lost in a kill
+            # after this, nothing would make it again.
+            tracker.flush()
             self._guarded_write(tracker._state(), mark, tracker.session)
 
     def save_for_snapshot(self, tracker: Tracker, mark: Mark) -> None:

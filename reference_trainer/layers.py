@@ -172,17 +172,16 @@ class Positional(nn.Module):
         num_channels: N, the number of features; even.
     """
 
-    freqs: Tensor
-
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        half = num_channels // 2
-        freqs = torch.tensor(10000.0) ** (-torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("freqs", freqs, persistent=False)
+        self.half = num_channels // 2
 
     def forward(self, c: Tensor) -> Tensor:
         """Features `[n, num_channels]`, float32, of numbers `c` `[n]`."""
-        angle = torch.outer(c.to(torch.float32), self.freqs)
+        # Made anew, not kept: a buffer outside of the state dict is lost in a network that is made on
+        # the meta device and filled from a file.
+        k = torch.arange(self.half, dtype=torch.float32, device=c.device)
+        angle = torch.outer(c.to(torch.float32), 10000.0 ** (-k / self.half))
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

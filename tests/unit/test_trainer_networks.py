@@ -8,7 +8,14 @@ import torch
 
 from posthoc_ema import ConfigError, SnapshotMismatchError
 from reference_trainer.checkpoint import load_network
-from reference_trainer.config import DataConfig, NetworkConfig, TrackConfig, TrainConfig
+from reference_trainer.config import (
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    TrackConfig,
+    TrainConfig,
+    network_of_config,
+)
 from reference_trainer.networks import plan_unet
 from reference_trainer.precond import Precond
 
@@ -180,3 +187,20 @@ def test_load_network_names_missing_unknown_and_misshaped_tensors():
     ):
         with pytest.raises(SnapshotMismatchError, match=r"net\.stem\.(weight|bias)"):
             load_network(damaged, run_config())
+
+
+@pytest.mark.parametrize("letter", ["A", "B", "G"])
+def test_loaded_network_needs_nothing_but_what_the_file_holds(letter):
+    network = network_of_config(TINY, letter)
+    loss = LossConfig(weighting="static" if letter == "A" else "uncertainty")
+    config = dataclasses.replace(run_config(), network=network, loss=loss)
+    original = new_network(network)
+    weights = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
+    loaded = load_network(weights, config)
+    assert (
+        not loaded.state_dict().keys()
+        ^ dict(loaded.named_parameters()).keys()
+        ^ dict(loaded.named_buffers()).keys()
+    )
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    assert torch.equal(loaded(x, 0.7, labels), original(x, 0.7, labels))

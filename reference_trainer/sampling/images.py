@@ -278,7 +278,7 @@ def evaluated(network: Any, precision: str | None = None, compiled: bool = False
 
 def _is_folded(network: Any) -> bool:
     """Whether it is an evaluation copy: folding twice would scale the weights twice."""
-    modules = getattr(network, "modules", tuple)()
+    modules: Any = getattr(network, "modules", tuple)()
     return any(getattr(module, "folded", None) is True for module in modules)
 
 

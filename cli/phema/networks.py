@@ -98,7 +98,7 @@ def open_averages(
         store = find_store(source)
         if sigma_rel is None:
             raise ConfigError(
-                f"say which average of the snapshots in {source}: --{option}sigma-rel 0.1, or "
+                f"say which average of the snapshots: --{option}sigma-rel 0.1, or "
                 f"--{option}sigma-rel raw for none."
             )
         config = config_of(store.metadata, store.folder)

@@ -71,7 +71,7 @@ from posthoc_ema.synthesis import (
     synthesize_to_files,
 )
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "CODECS",

@@ -174,14 +174,14 @@ class Positional(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.half = num_channels // 2
+        self.num_frequencies = num_channels // 2
 
     def forward(self, c: Tensor) -> Tensor:
         """Features `[n, num_channels]`, float32, of numbers `c` `[n]`."""
         # Made anew, not kept: a buffer outside of the state dict is lost in a network that is made on
         # the meta device and filled from a file.
-        k = torch.arange(self.half, dtype=torch.float32, device=c.device)
-        angle = torch.outer(c.to(torch.float32), 10000.0 ** (-k / self.half))
+        k = torch.arange(self.num_frequencies, dtype=torch.float32, device=c.device)
+        angle = torch.outer(c.to(torch.float32), 10000.0 ** (-k / self.num_frequencies))
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

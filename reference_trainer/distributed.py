@@ -9,11 +9,15 @@ launcher's signal) into one sentence that says what happened and what to do.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
+import itertools
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from posthoc_ema import ConfigError, PhemaError
 
@@ -30,6 +35,14 @@ _LOST = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|socket|timed? ?out|gloo|nccl", re.I
 )
 """What errors of a collective say when another process is gone."""
+
+
+_latest: collections.deque[Any] = collections.deque(maxlen=16)
+"""The latest sums. A thread of gloo that lets go of a sum last needs Python's lock for its tensors, and
+waits for ever if the process group is being ended meanwhile under that lock; so it is never the last."""
+
+QUIET_SECONDS = 0.05
+"""How long the threads of a process group get, before it ends, to let go of everything else."""
 
 
 class RankError(PhemaError):
@@ -66,7 +79,9 @@ class DistributedContext:
             tensor: of the same shape and dtype everywhere, on the CPU or on `device`.
         """
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            work = dist.all_reduce(tensor, async_op=True)
+            _latest.append(work)
+            work.wait()
         return tensor
 
     def gather(self, value: T) -> list[T] | None:
@@ -185,12 +200,27 @@ def started(
         return
     with _lost_ranks(ranks, remedy):
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+        store = PrefixStore(f"phema/{next(_starts)}", _rendezvous())
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
         try:
             yield ranks
         finally:
+            time.sleep(QUIET_SECONDS)
             with contextlib.suppress(RuntimeError):  # another process may be gone
                 dist.destroy_process_group()
+            _latest.clear()
+
+
+_starts = itertools.count()
+"""Numbers the process groups of this process: under one name, a second one would find the addresses of the
+first, which the launcher's store keeps."""
+
+
+@functools.cache
+def _rendezvous() -> Any:
+    """The key-value store that the launcher's environment describes."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store
 
 
 def resolve_device(device: str) -> torch.device:

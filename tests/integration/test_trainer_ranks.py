@@ -7,6 +7,7 @@ of a rank ends all with a sentence; the same command goes on bit by bit.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ from reference_trainer.config import (
 from reference_trainer.loop import train
 from reference_trainer.run_log import read_log
 
+PROGRAM = Path(__file__).with_name("trainer_ranks.py")
 CONFIG = TrainConfig(
     network=NetworkConfig(
         img_resolution=8,
@@ -54,18 +56,21 @@ CONFIG = TrainConfig(
     telemetry_every=160,
 )
 SHARDED = dataclasses.replace(CONFIG, compute=ComputeConfig(parallel="fsdp2", microbatch=4))
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "phema", "train", "--device", "cpu"),
-)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(config, folder):
-    """`torchrun ... phema train` in a session of its own."""
+def phema(config, folder):
+    """The words of `phema train` for a run."""
     file = folder.with_suffix(".json")
     file.write_text(config.to_json())
+    words = ("-m", "phema", "train", "--device", "cpu", "--config", file, "--out", folder)
+    return [str(word) for word in words]
+
+
+def launch(*words):
+    """`torchrun ...` in a session of its own."""
     return subprocess.Popen(
-        [*TORCHRUN, "--config", str(file), "--out", str(folder)],
+        [*TORCHRUN, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning"},
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -74,8 +79,8 @@ def launch(config, folder):
     )
 
 
-def run(config, folder):
-    process = launch(config, folder)
+def run(*words):
+    process = launch(*words)
     try:
         out, err = process.communicate(timeout=240)
     finally:
@@ -139,35 +144,37 @@ def one(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The run of two replicas, and what it said."""
-    folder = tmp_path_factory.mktemp("two") / "run"
-    return folder, run(CONFIG, folder)
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """The run of two shards, in two passes per step, and what it said."""
-    folder = tmp_path_factory.mktemp("sharded") / "run"
-    return folder, run(SHARDED, folder)
-
-
-@pytest.mark.parametrize("kind", ["two", "sharded"])
-def test_two_processes_train_like_one(request, one, kind):
-    folder, (code, out, err) = request.getfixturevalue(kind)
-    assert code == 0, err
-    assert out == f"{folder}: trained to 800 images; snapshots in {folder}/snapshots\n"
-    assert sentences(err) == []
+def ranks(tmp_path_factory):
+    """The runs of two processes: `two` by replicas, `sharded` by shards and in two passes per step."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, config in (("sharded", SHARDED), ("two", CONFIG)):
+        (folder / f"{name}.json").write_text(config.to_json())
+    code, out, err = run(str(PROGRAM), str(folder))
+    assert (code, out) == (0, ""), err
     assert "Warning" not in err
-    assert_same_training(folder, one)
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["two", "sharded"])
-def test_dynamics_of_two_processes_are_those_of_one(request, one, kind):
+def test_two_processes_train_like_one(ranks, one, kind):
+    assert_same_training(ranks / kind, one)
+
+
+def test_an_error_that_all_would_have_is_raised_by_one(ranks):
+    first, second = (json.loads((ranks / f"told-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["two"] == [0, 800, True]
+    assert second["two"] == [0, 800, False]
+    assert first["refused"][0] == "ConfigError"
+    assert "these differ (there and here): seed (0 and 7)." in first["refused"][1]
+    assert second["refused"] == ["OtherRankError", "process 0 of 2 has failed and says why."]
+
+
+@pytest.mark.parametrize("kind", ["two", "sharded"])
+def test_dynamics_of_two_processes_are_those_of_one(ranks, one, kind):
     """Weights, updates and gradients; activations are those of other images."""
     found, expected = (
         next(line["dynamics"] for line in statuses(f) if "dynamics" in line)
-        for f in (request.getfixturevalue(kind)[0], one)
+        for f in (ranks / kind, one)
     )
     for what in ("weights", "updates", "gradients", "loss_by_ln_sigma"):
         assert found[what] == pytest.approx(expected[what], rel=2e-3), what
@@ -190,7 +197,7 @@ def ranks_of(process):
 
 def kill_a_rank(config, folder, rank):
     """kill -9 of one rank in the middle of a run; what the others said, and how long they took to end."""
-    process = launch(config, folder)
+    process = launch(*phema(config, folder))
     try:
         wait_for_checkpoint(process, folder)
         ranks_of(process)[rank].send_signal(signal.SIGKILL)
@@ -203,7 +210,7 @@ def kill_a_rank(config, folder, rank):
     return err, time.monotonic() - begin
 
 
-def test_a_killed_rank_ends_all_with_a_sentence_and_the_same_command_goes_on(tmp_path, two):
+def test_a_killed_rank_ends_all_with_a_sentence_and_the_same_command_goes_on(tmp_path, ranks):
     folder = tmp_path / "run"
     err, seconds = kill_a_rank(CONFIG, folder, rank=1)
     assert seconds < 45
@@ -211,36 +218,22 @@ def test_a_killed_rank_ends_all_with_a_sentence_and_the_same_command_goes_on(tmp
     assert sentence.startswith("phema: another process of this job has ended, so process 0 of 2 ")
     assert sentence.endswith("the same command continues from the last checkpoint.")
 
-    code, _, err = run(CONFIG, folder)
+    code, out, err = run(*phema(CONFIG, folder))
     assert code == 0, err
+    assert out == f"{folder}: trained to 800 images; snapshots in {folder}/snapshots\n"
     (said,) = sentences(err)
     assert said.startswith("phema: continuing at ")
-    assert_bit_equal(outcome(folder), outcome(two[0]))
-    assert statuses(folder) == statuses(two[0])
+    assert_bit_equal(outcome(folder), outcome(ranks / "two"))
+    assert statuses(folder) == statuses(ranks / "two")
 
 
-def test_one_process_goes_on_with_what_two_have_begun(tmp_path, two, one, monkeypatch):
-    folder = Path(shutil.copytree(two[0], tmp_path / "run"))
+@pytest.mark.parametrize("kind", ["two", "sharded"])
+def test_one_process_goes_on_with_what_two_have_begun_and_says_so(tmp_path, ranks, one, kind):
+    folder = Path(shutil.copytree(ranks / kind, tmp_path / "run"))
     checkpoint_paths(folder / "checkpoints")[0].unlink()  # the one at the end
     result = train(CONFIG, folder, device="cpu")
     assert 0 < result.started_at < CONFIG.total_images
     assert_same_training(folder, one)
-
-
-def test_one_process_goes_on_with_what_shards_have_begun_and_says_so(tmp_path, sharded, one):
-    folder = Path(shutil.copytree(sharded[0], tmp_path / "run"))
-    checkpoint_paths(folder / "checkpoints")[0].unlink()
-    train(CONFIG, folder, device="cpu")
-    assert_same_training(folder, one)
-    (line,) = [x for x in read_log(folder / "log.jsonl") if x["event"] == "changed"]
-    assert "compute.microbatch (4 and None), compute.parallel (fsdp2 and ddp)" in line["message"]
-
-
-def test_an_error_that_all_would_have_is_said_once(two):
-    folder = two[0]
-    before = outcome(folder)
-    code, out, err = run(dataclasses.replace(CONFIG, seed=7), folder)
-    assert (code, out) == (1, "")
-    (sentence,) = sentences(err)
-    assert "these differ (there and here): seed (0 and 7)." in sentence
-    assert_bit_equal(outcome(folder), before)
+    said = [x["message"] for x in read_log(folder / "log.jsonl") if x["event"] == "changed"]
+    changed = "compute.microbatch (4 and None), compute.parallel (fsdp2 and ddp)"
+    assert [changed in message for message in said] == [True] * (kind == "sharded")

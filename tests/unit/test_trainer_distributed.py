@@ -73,10 +73,14 @@ def test_other_errors_than_ours_are_bugs_and_pass():
 def test_processes_hear_that_another_one_has_failed(monkeypatch):
     ranks = DistributedContext(1, 2, CPU)
 
-    def summed(tensor):
-        tensor[0] += 1  # the first process has failed
+    class Summed:
+        def __init__(self, tensor, async_op):
+            tensor[0] += 1  # the first process has failed
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", summed)
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", Summed)
     with pytest.raises(OtherRankError, match="process 0 of 2 has failed"):
         ranks.agree(lambda: 5)
     assert issubclass(OtherRankError, RankError)

@@ -19,6 +19,7 @@ from posthoc_ema.tensor_files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by people who do not see all colours.
@@ -129,6 +130,17 @@ def _length_ticks(axes: Axes, lengths: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) > 1 else lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Round numbers on a logarithmic axis that spans less than a power of ten or little more."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+
+    low, high = axis.get_view_interval()
+    if high < 12 * low:
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _y_range(values: Sequence[float]) -> tuple[float, float]:
@@ -371,6 +383,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log")
     if panel.log_y:
         axes.set_yscale("log")
+    for logarithmic, axis in ((panel.log_x, axes.xaxis), (panel.log_y, axes.yaxis)):
+        if logarithmic:
+            _plain_ticks(axis)
     if panel.xlabel.endswith("sigma_rel"):
         _length_ticks(axes, sorted({x for curve in panel.curves for x in curve.x}))
     axes.set_xlabel(panel.xlabel)

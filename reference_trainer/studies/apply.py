@@ -17,6 +17,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from posthoc_ema import SnapshotFormatError, SnapshotStore
 from posthoc_ema.tensor_files import write_json
 from reference_trainer.studies.records import (
@@ -190,8 +192,7 @@ def measure_run(
     for measurement, values in measure(
         missing, scale, configs, folders, reference_file_of(out), device
     ):
-        numbers[identity.key(measurement)] = values
-        _write_numbers(out, name, numbers)
+        keep_number(out, name, identity.key(measurement), values)
 
 
 def read_numbers(out: Path, run: str) -> dict[str, dict[str, float]]:
@@ -220,8 +221,11 @@ def read_numbers(out: Path, run: str) -> dict[str, dict[str, float]]:
     return numbers
 
 
-def _write_numbers(out: Path, run: str, numbers: dict[str, dict[str, float]]) -> None:
+def keep_number(out: Path, run: str, key: str, values: dict[str, float]) -> None:
+    """Add what was measured to the file of a run; other studies may do so at the same time."""
     path = numbers_file_of(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"of": json.loads(key), "values": values} for key, values in numbers.items()]
-    write_json(path, {"format": _FORMAT, "numbers": rows})
+    with filelock.FileLock(path.with_name(f".{run}.lock")):
+        numbers = {**read_numbers(out, run), key: values}
+        rows = [{"of": json.loads(k), "values": v} for k, v in numbers.items()]
+        write_json(path, {"format": _FORMAT, "numbers": rows})

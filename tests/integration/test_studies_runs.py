@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -24,7 +25,9 @@ def run(out, study=TIME, seeds=(0,), **options):
 
 def contents(folder):
     """Every file but logs and locks, with the time of its last change."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "log.jsonl")]
+    files = [
+        p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(("lock", ".jsonl"))
+    ]
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in files}
 
 
@@ -125,6 +128,19 @@ def test_a_folder_of_another_scale_is_refused_by_the_fields_that_differ(finished
     _, out = finished
     with pytest.raises(pe.ConfigError, match="total_images"):
         run_study(TIME, scale_named("digits"), out, seeds=(0,), device="cpu")
+
+
+def test_numbers_that_are_kept_at_the_same_time_are_all_kept(tmp_path):
+    def keep(i):
+        apply_module.keep_number(tmp_path, "a", json.dumps([i]), {"fd": float(i)})
+
+    threads = [threading.Thread(target=keep, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = apply_module.read_numbers(tmp_path, "a")
+    assert numbers == {json.dumps([i]): {"fd": float(i)} for i in range(20)}
 
 
 def test_damaged_numbers_are_named(finished, tmp_path):

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from posthoc_ema import SnapshotNotFoundError, SnapshotStore
+from posthoc_ema import ConfigError, SnapshotNotFoundError, SnapshotStore
 from posthoc_ema.manifest import MANIFEST
 from reference_trainer import telemetry
 from reference_trainer.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from reference_trainer.config import TrainConfig
 from reference_trainer.data import Batches, load_dataset, new_batches
-from reference_trainer.distributed import resolve_device, started
+from reference_trainer.distributed import DistributedContext, resolve_device, started
 from reference_trainer.loss_sums import loss_by_ln_sigma, mean_loss
 from reference_trainer.memory import memory_advice, peak_bytes
-from reference_trainer.parallel import without_false_alarms
+from reference_trainer.parallel import settle_buckets, without_false_alarms
 from reference_trainer.run_folder import run_folder
 from reference_trainer.run_log import Event, Report, RunLog, Status
 from reference_trainer.run_loggers import RunInfo, check_loggers, loggers
@@ -103,7 +103,7 @@ def train(
         stack.enter_context(memory_advice(config, ranks))
         reports = [report] if report is not None and ranks.is_main else []
         log = RunLog(folder / "log.jsonl" if ranks.is_main else None, *reports)
-        checkpoint, damaged = latest_checkpoint(folder / "checkpoints")
+        checkpoint, damaged = newest_checkpoint(folder / "checkpoints", ranks)
         if checkpoint is not None and checkpoint.nimg >= config.total_images:
             message = f"the run in {folder} is complete: nothing to do"
             log.show(_event(config, "complete", checkpoint.nimg, message))
@@ -114,6 +114,7 @@ def train(
         stack.callback(batches.close)
         state = new_state(config, folder, ranks.device, ranks=ranks)
         stack.callback(release, state)
+        settle_buckets(state.loss, config, ranks)
         for tracker in state.trackers.values():
             stack.enter_context(tracker)
         begin(state, config, checkpoint)
@@ -124,6 +125,31 @@ def train(
         introduce(log, config, checkpoint, changes or [], damaged)
         run(state, batches, config, folder, log)
     return TrainResult(folder, state.nimg, started_at, ranks.is_main)
+
+
+def newest_checkpoint(
+    folder: Path, ranks: DistributedContext
+) -> tuple[Checkpoint | None, list[str]]:
+    """`latest_checkpoint`, the same on all processes; all of them together.
+
+    Raises:
+        ConfigError: processes of other machines see another folder than the first one.
+    """
+    found = ranks.agree(lambda: latest_checkpoint(folder))
+    assert found is not None  # it was called on every process
+    nimg = -1 if found[0] is None else found[0].nimg
+    main = int(ranks.sum_(torch.tensor(nimg if ranks.is_main else 0)))
+
+    def check() -> None:
+        if nimg != main:
+            here, there = ("no checkpoint" if n < 0 else f"one of {n} images" for n in (nimg, main))
+            raise ConfigError(
+                f"{folder} must be the same folder for all processes, but process {ranks.rank} finds "
+                f"{here} as the newest and process 0 {there}. Use a file system that all machines share."
+            )
+
+    ranks.agree(check)
+    return found
 
 
 def begin(state: TrainState, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
@@ -237,14 +263,20 @@ def _run_id(state: TrainState) -> str:
 
 @contextlib.contextmanager
 def _reproducible(device: torch.device) -> Iterator[None]:
-    """On CUDA: full float32 convolutions and the same algorithms in every run (EDM2: TF32 off)."""
+    """On CUDA: full float32 convolutions and sums, the same algorithms in every run (EDM2: TF32 off)."""
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
-        yield
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def _event(config: TrainConfig, event: Event, nimg: int, message: str | None = None) -> Status:

@@ -41,8 +41,9 @@ def memory_advice(config: TrainConfig, ranks: DistributedContext) -> Iterator[No
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator has no class of its own for it.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # The CPU's allocator, the driver and NVIDIA's libraries have no class of their own for it.
+    words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def advice(config: TrainConfig, ranks: DistributedContext) -> str:

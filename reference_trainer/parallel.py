@@ -24,6 +24,7 @@ from reference_trainer.config import ComputeConfig, LossConfig, TrainConfig
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.losses import TrainingLoss
 from reference_trainer.precond import Precond
+from reference_trainer.seeds import seeded
 
 _NAMES = inspect.signature(DistributedDataParallel).parameters
 _CONSTANT_BUFFERS: dict[str, Any] = {
@@ -97,6 +98,25 @@ def new_loss(
     if ranks.world_size > 1 and compute.parallel == "ddp":
         return DistributedDataParallel(module, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
     return module
+
+
+def settle_buckets(loss: nn.Module, config: TrainConfig, ranks: DistributedContext) -> None:
+    """Have replicas lay out for good the buffers in which gradients travel; leaves no gradients.
+
+    They do so after their first backward pass, and in which order three or more processes sum depends on
+    the layout: a resumed run would otherwise begin with another one than it had. So the first pass is this
+    one, of images that are nothing.
+    """
+    if not isinstance(loss, DistributedDataParallel):
+        return
+    network, n = config.network, images_per_pass(config, ranks)
+    shape = (n, network.img_channels, network.img_resolution, network.img_resolution)
+    images = torch.zeros(shape, device=ranks.device)
+    labels = torch.zeros(n, dtype=torch.int64, device=ranks.device)
+    with seeded(config.seed, ranks.device):  # dropout
+        each, _ = loss(images, labels, torch.ones(n, device=ranks.device), images)
+        each.sum().backward()
+    loss.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager

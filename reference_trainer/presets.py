@@ -304,8 +304,8 @@ def with_config(config: TrainConfig, letter: str) -> TrainConfig:
 
     What the paper changes with the config is changed here in the same proportion: the learning rate is
     that of config G times 0.01 (A) or 0.02 (B, C) and decays only from E on, the batch is doubled in A,
-    the loss is scaled by 100 up to C, dropout is 10 % up to F. Averages are tracked alike in all;
-    the paper's config A has one exponential average instead.
+    whose noise levels are those of EDM, the loss is scaled by 100 up to C, dropout is 10 % up to F.
+    Averages are tracked alike in all; the paper's config A has one exponential average instead.
 
     Args:
         config: a preset, as config G.
@@ -331,8 +331,8 @@ def with_config(config: TrainConfig, letter: str) -> TrainConfig:
         loss_scale=100.0 if letter in "ABC" else optim.loss_scale,
     )
     if letter == "A":
-        # The noise levels of EDM, which the paper shifts in config B by 0.8 and 0.8333.
-        loss = LossConfig(p_mean=loss.p_mean - 0.8, p_std=loss.p_std * 1.2, weighting="static")
+        # The noise levels of EDM, which are the same for every data set.
+        loss = LossConfig(p_mean=-1.2, p_std=1.2, weighting="static")
     return dataclasses.replace(
         config,
         name=f"{config.name}-config-{letter.lower()}",

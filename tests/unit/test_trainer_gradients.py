@@ -266,6 +266,15 @@ def test_out_of_memory_with_one_image_says_what_else_there_is():
         ask_for_a_terabyte(RuntimeError)
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: out of memory", "cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED when calling"],
+)
+def test_out_of_memory_of_driver_and_libraries_is_recognised(message):
+    with pytest.raises(ConfigError, match="try --microbatch 12"), memory_advice(CONFIG, ALONE):
+        raise RuntimeError(message)
+
+
 def test_other_errors_pass_as_they_are():
     with pytest.raises(RuntimeError, match="sizes"), memory_advice(CONFIG, ALONE):
         raise RuntimeError("sizes do not match")

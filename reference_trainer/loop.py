@@ -21,11 +21,12 @@ from posthoc_ema.manifest import MANIFEST
 from reference_trainer import telemetry
 from reference_trainer.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from reference_trainer.config import TrainConfig
-from reference_trainer.data import Batches, load_dataset, new_batches
+from reference_trainer.data import Batches, Dataset, load_dataset, new_batches
+from reference_trainer.data.batches import check_fits
 from reference_trainer.distributed import DistributedContext, resolve_device, started
 from reference_trainer.loss_sums import loss_by_ln_sigma, mean_loss
 from reference_trainer.memory import memory_advice, peak_bytes
-from reference_trainer.parallel import settle_buckets, without_false_alarms
+from reference_trainer.parallel import images_per_pass, settle_buckets, without_false_alarms
 from reference_trainer.run_folder import run_folder
 from reference_trainer.run_log import Event, Report, RunLog, Status
 from reference_trainer.run_loggers import RunInfo, check_loggers, loggers
@@ -92,8 +93,9 @@ def train(
     """
     folder = Path(folder)
     with started(device, remedy=REMEDY) as ranks, contextlib.ExitStack() as stack:
+        ranks.agree(lambda: images_per_pass(config, ranks))
         ranks.agree(lambda: check_loggers(log_to))
-        dataset = ranks.agree(lambda: load_dataset(config.data))  # before anything is written
+        dataset = ranks.agree(lambda: _fitting_data(config))  # before anything is written
         assert dataset is not None  # it was called on every process
         changes = ranks.agree(
             lambda: stack.enter_context(run_folder(folder, config)), main_only=True
@@ -150,6 +152,12 @@ def newest_checkpoint(
 
     ranks.agree(check)
     return found
+
+
+def _fitting_data(config: TrainConfig) -> Dataset:
+    dataset = load_dataset(config.data)
+    check_fits(dataset, config)
+    return dataset
 
 
 def begin(state: TrainState, config: TrainConfig, checkpoint: Checkpoint | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import filelock
 
 from posthoc_ema import ConfigError, SnapshotWriteError
+from posthoc_ema.manifest import MANIFEST
 from posthoc_ema.tensor_files import is_temporary_name, write_json
 from reference_trainer.config import TrainConfig, differing_fields
 
@@ -61,7 +62,7 @@ def _settle_config(path: Path, config: TrainConfig) -> list[str]:
         stored = TrainConfig.from_json(path.read_text(encoding="utf-8"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error} Restore the file or choose a new folder.") from error
-    if _decisive(stored) != _decisive(config):
+    if _decisive(stored) != _decisive(config) and _holds_work(path.parent):
         fields = ", ".join(differing_fields(_decisive(stored), _decisive(config)))
         raise ConfigError(
             f"{path.parent} holds a run with another configuration; these differ (there and here): "
@@ -70,7 +71,13 @@ def _settle_config(path: Path, config: TrainConfig) -> list[str]:
     changes = differing_fields(stored, config)
     if changes:
         write_json(path, config.to_dict())
-    return changes
+    return changes if _holds_work(path.parent) else []
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether anything of the run has been stored: a start that failed does not bind the next one."""
+    stored = ("checkpoints/*.safetensors", f"*/{MANIFEST}")
+    return any(True for pattern in stored for _ in folder.glob(pattern))
 
 
 def _decisive(config: TrainConfig) -> TrainConfig:

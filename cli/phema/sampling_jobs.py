@@ -85,7 +85,8 @@ def make_picture(job: SamplingJob, averages: Iterable[Average], out: Path, colum
         for average in averages:
             images = _all_images(job, average)
             if images is not None:
-                grid = image_grid(images, columns, scale=max(1, 32 // images.shape[-1]), gap=2)
+                scale = max(1, 32 // images.shape[-1])
+                grid = image_grid(images, min(columns, len(images)), scale, gap=2)
                 panels.append((average.label, grid))
         if len(panels) == 1:
             save_png(out, panels[0][1])

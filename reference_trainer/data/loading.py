@@ -53,7 +53,10 @@ def load_built_in(name: str) -> ArrayDataset:
     if name not in _BUILT_IN:
         near = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.0)[0]
         known = ", ".join(sorted(_BUILT_IN))
-        raise ConfigError(f"data set must be one of: {known}; got '{name}'. Did you mean '{near}'?")
+        raise ConfigError(
+            f"data set must be one of: {known}; or a path that exists; got '{name}'. "
+            f"Did you mean '{near}'?"
+        )
     return _BUILT_IN[name]()
 
 

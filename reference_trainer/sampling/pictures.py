@@ -20,7 +20,7 @@ def image_grid(
 
     Args:
         images: uint8 `[n, c, h, w]`, c 1 (gray) or 3 (RGB), n at least 1.
-        columns: images per row, at least 1; the rest of the last row is black.
+        columns: images per row, at least 1; the rest of the last row is white.
         scale: side of an enlarged pixel, at least 1.
         gap: white pixels between neighbouring images.
 
@@ -43,7 +43,7 @@ def image_grid(
     n, c, h, w = images.shape
     rows = -(-n // columns)
     h, w = h * scale, w * scale
-    cells = np.zeros((rows * columns, c, h, w), np.uint8)
+    cells = np.full((rows * columns, c, h, w), 255, np.uint8)
     cells[:n] = images.repeat(scale, axis=2).repeat(scale, axis=3)
     cells = np.pad(cells, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=255)
     grid = cells.reshape(rows, columns, c, h + gap, w + gap).transpose(0, 3, 1, 4, 2)

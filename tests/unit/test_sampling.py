@@ -204,7 +204,7 @@ def test_sampling_names_bad_arguments(network, seeds, options, message):
 
 def test_grid_lays_images_out_by_rows_and_enlarges_them():
     images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) + 1
-    assert image_grid(images, columns=2).tolist() == [[1, 2], [3, 0]]
+    assert image_grid(images, columns=2).tolist() == [[1, 2], [3, 255]]
     assert image_grid(images[:2], columns=2, scale=2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 

@@ -13,7 +13,6 @@ from reference_trainer.data.sampler import entropy
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.losses import draw_noise
 from reference_trainer.parallel import (
-    average_whole_gradients,
     gradient_pass,
     images_per_pass,
     local,
@@ -90,7 +89,6 @@ def compute_gradients(
             each, static = loss(*given.part(start, start + size))
             (each.sum() * scale).backward()
         losses.append((each.detach(), static))
-    average_whole_gradients(network)
     unscale_gradients(network, config.optim.loss_scale)
     force_finite_gradients(network)
     every, statics = zip(*losses, strict=True)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,18 +73,14 @@ def without_false_alarms() -> Iterator[None]:
 
 
 def shard(network: Precond, ranks: DistributedContext) -> None:
-    """Spread the weights over the processes, block by block (FSDP2), in place.
-
-    Scalars (gains) stay whole on every process; `average_whole_gradients` is for them.
-    """
+    """Spread the weights over the processes, block by block (FSDP2), in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    scalars = {p for p in network.parameters() if p.ndim == 0}
     for block in (*network.net.enc.values(), *network.net.dec.values()):
-        fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(network, mesh=mesh, ignored_params=scalars)
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 def new_loss(
@@ -129,17 +124,6 @@ def gradient_pass(loss: nn.Module, network: Precond, *, last: bool) -> Iterator[
             yield
     else:
         yield
-
-
-def average_whole_gradients(network: Precond) -> None:
-    """Average over the processes the gradients of what FSDP2 leaves whole."""
-    if not is_sharded(network):
-        return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None and not is_cut(p.grad)]
-    if gradients:
-        flat = torch.stack([g.reshape(()) for g in gradients])
-        dist.all_reduce(flat)
-        torch._foreach_copy_(gradients, list((flat / dist.get_world_size()).unbind()))
 
 
 def is_cut(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ from reference_trainer.data.sampler import entropy
 from reference_trainer.distributed import DistributedContext
 from reference_trainer.gradients import compute_gradients, step_input
 from reference_trainer.loss_sums import LossSums
-from reference_trainer.parallel import images_per_pass, is_cut, new_loss, shard
+from reference_trainer.parallel import images_per_pass, new_loss, shard
 from reference_trainer.precond import Precond
 from reference_trainer.schedule import learning_rate
 from reference_trainer.seeds import INIT, seeded
@@ -88,13 +88,10 @@ def new_state(
 
 
 def new_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Adam:
-    """Adam; parameters that are cut over processes and whole ones in groups of their own."""
+    """Adam over all that is trained."""
     optim = config.optim
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    cut = [p for p in parameters if is_cut(p)]
-    uncut = [p for p in parameters if not is_cut(p)]
     return torch.optim.Adam(
-        [{"params": group} for group in (cut, uncut) if group],
+        [p for p in network.parameters() if p.requires_grad],
         lr=optim.lr_ref,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,

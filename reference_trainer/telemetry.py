@@ -35,7 +35,10 @@ class Measurement:
     """Sums of squares on the device, and what they are of.
 
     Attributes:
-        squares: float64 1-d: activations (means of squares), then weights, updates and gradients.
+        squares: float64 1-d, of this process: activations (means of squares), then weights, updates and
+            gradients.
+        parts: 1 where the processes' numbers add up (shards), and elsewhere the share of each that makes
+            their mean.
         blocks: names of the blocks whose activations come first.
         parameters: names of the parameters.
         sizes: numbers of elements of the parameters.
@@ -43,6 +46,7 @@ class Measurement:
     """
 
     squares: Tensor
+    parts: tuple[float, ...]
     blocks: tuple[str, ...]
     parameters: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -76,12 +80,12 @@ def measure(
     )
     rows = [[zero if (s := kind(p)) is None else s for _, p in named] for kind in kinds]
     # What all processes hold alike counts once; shards add up.
-    whole = torch.tensor([float(not is_cut(p)) for _, p in named])
-    share = (1 - whole + whole / ranks.world_size).to(ranks.device, torch.float64)
-    squares = [torch.stack(row).to(torch.float64) * share for row in rows]
-    means = torch.stack(list(activations.values())).to(torch.float64) / ranks.world_size
+    share = 1 / ranks.world_size
+    of_parameters = [1.0 if is_cut(p) else share for _, p in named]
+    every = [*activations.values(), *(square for row in rows for square in row)]
     return Measurement(
-        torch.cat([means, *squares]),
+        torch.stack(every).to(torch.float64),
+        (*[share] * len(activations), *of_parameters * len(kinds)),
         tuple(activations),
         tuple(name for name, _ in named),
         tuple(p.numel() for _, p in named),
@@ -161,7 +165,8 @@ def read(measurement: Measurement, ranks: DistributedContext) -> Dynamics:
         resolution; "updates" size of the last update of these weights relative to the weights, the
         effective learning rate; "gradients" norm of the gradient of a block's parameters.
     """
-    values = ranks.sum_(measurement.squares.clone()).tolist()
+    parts = torch.tensor(measurement.parts, dtype=torch.float64)
+    values = ranks.sum_(measurement.squares.cpu() * parts).tolist()
     activations, rest = values[: len(measurement.blocks)], values[len(measurement.blocks) :]
     count = len(measurement.parameters)
     weights, updates, gradients = (rest[i * count : (i + 1) * count] for i in range(3))

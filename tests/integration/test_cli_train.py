@@ -95,7 +95,14 @@ def test_train_takes_the_configuration_of_a_run(phema, run_folder):
         (("--direct", "raw"), "--direct takes lengths"),
         (("--direct", "0.3"), "sigma_rel must lie in (0, 0.2887], got 0.3."),
         (("--device", "abacus"), "device must be auto, cpu, cuda or cuda:N, got 'abacus'."),
-        (("--config", "run/config.json"), "give one of --preset (digits-xs"),
+        (("--config", "run/config.json"), "give --preset (digits-xs, digits-s"),
+        (
+            ("--microbatch", "5"),
+            "must divide the 16 images that each of 1 processes has of a batch",
+        ),
+        (("--parallel", "zero"), "parallel must be one of ddp, fsdp2, got 'zero'."),
+        (("--log", "paper"), "--log must be one of tensorboard, wandb, trackio, got 'paper'."),
+        (("--data", "gone.zip"), "gone.zip"),
     ],
 )
 def test_train_refuses_what_does_not_fit_and_names_it(
@@ -110,9 +117,10 @@ def test_train_refuses_what_does_not_fit_and_names_it(
     [
         (
             ("--preset", "digits-xl"),
-            "--preset must be one of digits-xs, digits-s, got 'digits-xl'.",
+            "got 'digits-xl'. Did you mean digits-xs?",
         ),
-        ((), "give one of --preset (digits-xs, digits-s) and --config FILE.json"),
+        (("--seed", "3"), "or --config FILE.json alone (as a run saves it)."),
+        (("--config", "G"), "with --config A to G for a config of the paper"),
         (("--config", "missing.json"), "missing.json: cannot be read: No such file or directory."),
         (("--config", "broken.json"), "broken.json: cannot be used as a configuration"),
         (("--config", "binary.json"), "binary.json: cannot be used as a configuration"),
@@ -124,6 +132,111 @@ def test_train_refuses_a_start_that_cannot_be(phema, tmp_path, unchanged, words,
     (tmp_path / "binary.json").write_bytes(b"\x80\x00\xff")
     with unchanged():
         phema("train", "--out", "new", *words).refused(message)
+
+
+def test_a_dry_run_prints_the_cost_and_the_configuration_and_does_nothing(phema, unchanged):
+    with unchanged():
+        words = ("train", "--preset", "edm2-img512-xxs", "--config", "F", "--dry-run")
+        value = json.loads(phema(*words, "--microbatch", 64, "--json").succeeded())
+        lines = phema(*words).succeeded()
+    assert round(value["num_parameters"] / 1e6, 1) == 31.3  # the sheet of facts has 31.31 for G
+    assert 10 < value["gflops_per_evaluation"] < 13
+    assert value["config"]["network"]["norm"] == "pixel"
+    assert not value["config"]["network"]["gains"]
+    assert value["config"]["compute"]["microbatch"] == 64
+    assert value["training_zflops"] == pytest.approx(
+        3e-12 * value["gflops_per_evaluation"] * value["total_images"]
+    )
+    assert "31.31 million" in lines
+    assert "per device, 2048 images per pass" in lines
+
+
+def test_a_run_needs_a_folder(phema):
+    done = phema("train", "--preset", "digits-xs")
+    assert (done.code, done.out) == (2, "")
+    assert "--out RUN (or --dry-run)" in done.err
+
+
+def test_a_config_of_the_paper_trains_with_its_loss_and_other_settings_go_on(phema, tiny):
+    words = ("train", *tiny, "--config", "A", "--set", "status_every=320", "--out", "run")
+    phema(*words, "--log", "tensorboard").succeeded()
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["loss"]["weighting"] == "static"
+    assert config["optim"]["loss_scale"] == 100
+    assert list(Path("run/tensorboard").iterdir())
+    for path in sorted(Path("run/checkpoints").iterdir())[1:]:
+        path.unlink()
+    done = phema(*words, "--microbatch", 8)
+    assert done.code == 0
+    changed, going_on = done.err.splitlines()
+    assert changed == (
+        "phema: the run goes on with other settings (there and here): compute.microbatch (None and 8)"
+    )
+    assert going_on.startswith("phema: continuing at ")
+    assert json.loads(Path("run/config.json").read_text())["compute"]["microbatch"] == 8
+
+
+def test_out_of_memory_is_one_line_that_says_which_microbatch_to_try(phema, tiny, monkeypatch):
+    """A real step, whose forward pass asks for more than there is."""
+    from reference_trainer.precond import Precond
+
+    forward = Precond.forward
+
+    def greedy(self, x, *arguments, **options):
+        if len(x) > 4:
+            torch.empty(2**50)
+        return forward(self, x, *arguments, **options)
+
+    monkeypatch.setattr(Precond, "forward", greedy)
+    words = ("train", *tiny, "--out", "run")
+    phema(*words).refused("with 16 images per forward pass: try --microbatch 8. The gradients")
+    assert phema(*words, "--microbatch", 4).code == 0
+
+
+def test_a_process_whose_fellow_has_failed_ends_without_a_word(phema, tiny, monkeypatch):
+    from reference_trainer import loop
+    from reference_trainer.distributed import OtherRankError
+
+    def fail(*arguments, **options):
+        raise OtherRankError("process 0 of 2 has failed and says why.")
+
+    monkeypatch.setattr(loop, "train", fail)
+    done = phema("train", *tiny, "--out", "run")
+    assert (done.code, done.out, done.err) == (1, "", "")
+
+
+def test_status_lines_are_short_and_come_now_and_then(capfd, monkeypatch):
+    from phema import train_report
+    from reference_trainer.run_log import Status
+
+    status = Status(
+        event="status",
+        nimg=64000,
+        total_images=131072,
+        loss=0.5123,
+        images_per_second=812.4,
+        seconds_left=3900.0,
+        memory_bytes=600_000_000,
+    )
+    report = train_report.reporter(lambda *progress: None)
+    report(status)
+    assert capfd.readouterr().err == ""  # a short run says nothing
+    monkeypatch.setattr(train_report, "PATIENCE_SECONDS", 0.0)
+    report(status)
+    assert capfd.readouterr().err == (
+        "phema: 64000 of 131072 images, loss 0.512, 812 images/s, 600.0 MB, 1 h 5 min left\n"
+    )
+
+
+def test_weights_and_biases_gets_the_log_without_a_network(phema, tiny, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    phema("train", *tiny, "--log", "wandb", "--out", "run").succeeded()
+    (file,) = Path("run/wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for name in (b"learning_rate", b"images_per_second"):
+        assert name in content
 
 
 # ---- sample, evaluate, sweep

@@ -137,7 +137,7 @@ def _plain_ticks(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
     low, high = axis.get_view_interval()
-    if high < 12 * low:
+    if high < 20 * low:
         axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -75,7 +75,10 @@ def _rise(numbers: Numbers, curve: Sequence[Quality]) -> float:
 def _claims(best: dict[str, list[Optimum]], rise: dict[str, Band]) -> tuple[Claim, ...]:
     medians = [Band.of([o.value for o in best[letter]]).middle for letter in LETTERS]
     lengths = {letter: Band.of([o.sigma_rel for o in best[letter]]).middle for letter in LETTERS}
-    longest = max(lengths, key=lambda letter: lengths[letter])
+    longest = sum(
+        all(best["D"][i].sigma_rel >= best[letter][i].sigma_rel for letter in LETTERS)
+        for i in range(len(best["D"]))
+    )
     falls = all(later < earlier for earlier, later in itertools.pairwise(medians))
     return (
         Claim(
@@ -90,8 +93,8 @@ def _claims(best: dict[str, list[Optimum]], rise: dict[str, Band]) -> tuple[Clai
         ),
         Claim(
             text="D needs the longest average of all",
-            holds=longest == "D",
-            evidence="best lengths, medians: "
+            holds=longest == len(best["D"]) and lengths["D"] > lengths["G"],
+            evidence=f"in {longest} of {len(best['D'])} seeds; best lengths, medians: "
             + ", ".join(f"{letter} {value:.2g}" for letter, value in lengths.items()),
         ),
         Claim(

@@ -7,7 +7,10 @@ which it used.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +109,8 @@ def load_autoencoder(
     inner = Path(source) / "vae"
     folder = str(inner) if (inner / "config.json").is_file() else source
     try:
-        with warnings.catch_warnings():  # of diffusers about its own use of huggingface_hub
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), _quiet_hub():
+            warnings.simplefilter("ignore")  # of diffusers about its own use of huggingface_hub
             model = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -117,6 +120,18 @@ def load_autoencoder(
         ) from None
     model = model.to(device).eval().requires_grad_(False)
     return Autoencoder(model, input_range, torch.device(device), _identity(model))
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """No lines about each attempt to reach the Hub: the error in the end says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _identity(model: Any) -> str:

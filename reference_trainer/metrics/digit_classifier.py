@@ -122,7 +122,8 @@ def check_digits(images: torch.Tensor | npt.NDArray[np.uint8]) -> None:
     if kind != "uint8" or images.ndim != 4 or tuple(images.shape[1:]) != (1, 8, 8):
         raise MetricError(
             f"the digits metric needs uint8 images of shape [n, 1, 8, 8], got {kind} "
-            f"{list(images.shape)}. It measures models of the 'digits' data set."
+            f"{list(images.shape)}. It measures models of the 'digits' data set; for other images "
+            "use --metric fid or fd-dinov2 with --ref."
         )
 
 

@@ -1,6 +1,6 @@
 """The training loop.
 
-A run is a folder: `config.json` (what it is), `log.jsonl` (what happened), `checkpoints` (what resuming
+A run is a folder: `config.json` and `data.json` (what it is), `log.jsonl` (what happened), `checkpoints` (what resuming
 needs), `snapshots` (the stored averages) and `direct` (averages tracked to check syntheses against).
 Running the same command again resumes: a run that was killed at any point, any number of times, ends
 bit for bit like one that was not (on a CPU with the same number of threads and of processes).
@@ -98,7 +98,7 @@ def train(
         dataset = ranks.agree(lambda: _fitting_data(config))  # before anything is written
         assert dataset is not None  # it was called on every process
         changes = ranks.agree(
-            lambda: stack.enter_context(run_folder(folder, config)), main_only=True
+            lambda: stack.enter_context(run_folder(folder, config, dataset)), main_only=True
         )
         stack.enter_context(_reproducible(ranks.device))
         stack.enter_context(without_false_alarms())

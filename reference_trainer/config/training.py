@@ -170,7 +170,8 @@ class TrainConfig:
         status_every: images between two lines of the log.
         seed: seeds weights, data order, noise and dropout.
         keep_checkpoints: newest checkpoints that are kept, at least 1.
-        telemetry_every: images between two measurements of the training dynamics; null for none.
+        telemetry_every: images between two measurements of the training dynamics, a multiple of
+            `status_every`; null for none.
         name: name of the preset it came from, for people.
         loss: the loss and its noise levels.
         optim: optimizer and learning rate.
@@ -216,6 +217,9 @@ class TrainConfig:
         }
         if self.telemetry_every is not None:
             lengths["telemetry_every"] = self.telemetry_every
+            reported = self.telemetry_every % self.status_every == 0
+            rule = f"be a multiple of status_every = {self.status_every}, which reports it"
+            require(reported, "telemetry_every", rule, self.telemetry_every)
         for name, images in lengths.items():
             below = images // self.batch_size * self.batch_size
             nearest = max(below, self.batch_size)

@@ -78,6 +78,7 @@ def _guide_config(scale: Scale, guide: str) -> TrainConfig:
         total_images=total,
         checkpoint_every=total,
         status_every=total,
+        telemetry_every=None,
     )
 
 

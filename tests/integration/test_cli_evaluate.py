@@ -17,7 +17,8 @@ from PIL import Image
 
 from reference_trainer.data import load_dataset
 from reference_trainer.metrics import evaluate_images, read_references
-from tests.unit.metric_weights import torch_fidelity  # noqa: F401  # loads it without torchvision
+
+from ..unit.metric_weights import torch_fidelity  # noqa: F401, TID252  # loads it without torchvision
 
 QUICK = ("--num-images", 40, "--steps", 2)
 

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from reference_trainer.data import load_dataset
-from tests.unit.metric_weights import fidelity, write_inception
+
+from ..unit.metric_weights import (  # noqa: TID252  # a file of the unit tests
+    fidelity,
+    write_inception,
+)
 
 pytestmark = pytest.mark.timeout(1200)
 COUNT = 24

@@ -1,1 +1,1 @@
-"""The tests. A package, because torch-fidelity installs a package `tests` that would be found in our place."""
+"""A package, because torch-fidelity installs one called `tests` that would be found in its place."""

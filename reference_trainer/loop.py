@@ -1,7 +1,8 @@
 """The training loop.
 
-A run is a folder: `config.json` and `data.json` (what it is), `log.jsonl` (what happened), `checkpoints` (what resuming
-needs), `snapshots` (the stored averages) and `direct` (averages tracked to check syntheses against).
+A run is a folder: `config.json` and `data.json` (what it is), `log.jsonl` (what happened), `checkpoints`
+(what resuming needs), `snapshots` (the stored averages) and `direct` (averages tracked to check syntheses
+against).
 Running the same command again resumes: a run that was killed at any point, any number of times, ends
 bit for bit like one that was not (on a CPU with the same number of threads and of processes).
 """

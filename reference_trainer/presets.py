@@ -294,8 +294,9 @@ def preset(name: str) -> TrainConfig:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(PRESETS)}."
-        raise ConfigError(f"preset must be one that exists, got {name!r}. {hint}")
+        known = ", ".join(n for n in PRESETS if not n.startswith("edm2-"))
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {known}, edm2-img512-s ..."
+        raise ConfigError(f"there is no preset {name!r}. {hint}")
     return PRESETS[name]()
 
 

@@ -14,6 +14,7 @@ from posthoc_ema import RAW, ConfigError
 
 if TYPE_CHECKING:
     from reference_trainer.config import TrainConfig
+    from reference_trainer.data import Dataset
 
 LETTERS = tuple("ABCDEFG")
 
@@ -52,12 +53,15 @@ def resolve(options: TrainOptions) -> TrainConfig:
         ConfigError: an option is wrong, or they do not go together.
     """
     from reference_trainer.config import TrainConfig
+    from reference_trainer.data import load_dataset
+    from reference_trainer.data.batches import check_fits
 
     value = _base(options).to_dict()
     if options.seed is not None:
         value["seed"] = options.seed
-    if options.data is not None:
-        _fit_to_data(value, options.data)
+    dataset = None if options.data is None else load_dataset(options.data)
+    if dataset is not None and options.data is not None:
+        _fit_to_data(value, dataset, options.data)
     if options.direct is not None:
         value["track"]["direct_sigma_rels"] = parse_sigma_rels(options.direct)
         if RAW in value["track"]["direct_sigma_rels"]:
@@ -70,12 +74,15 @@ def resolve(options: TrainOptions) -> TrainConfig:
     value["compute"] |= {name: choice for name, choice in asked.items() if choice is not None}
     for change in options.changes:
         _apply(value, change)
-    return TrainConfig.from_dict(value)
+    config = TrainConfig.from_dict(value)
+    if dataset is not None:
+        check_fits(dataset, config)
+    return config
 
 
 def _base(options: TrainOptions) -> TrainConfig:
     """The preset, as the config that the letter names, or the file."""
-    from reference_trainer.presets import PRESETS, with_config
+    from reference_trainer.presets import PRESETS, preset, with_config
 
     letter = options.config if options.config in LETTERS else None
     if options.preset is None and options.config is not None and letter is None:
@@ -86,32 +93,25 @@ def _base(options: TrainOptions) -> TrainConfig:
             f"give --preset ({known}, edm2-img512-s ...), with --config A to G for a config of the paper, "
             "or --config FILE.json alone (as a run saves it)."
         )
-    if options.preset not in PRESETS:
-        near = difflib.get_close_matches(options.preset, PRESETS, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--preset must be one of {', '.join(PRESETS)}, got {options.preset!r}. {hint}".rstrip()
-        )
-    base = PRESETS[options.preset]()
+    base = preset(options.preset)
     return base if letter is None else with_config(base, letter)
 
 
-def _fit_to_data(value: dict[str, Any], source: str) -> None:
+def _fit_to_data(value: dict[str, Any], dataset: Dataset, source: str) -> None:
     """Put a data set into a configuration: its mapping to network units, its channels and classes.
 
     The published mapping of an edm2-* preset stays where it is of the same kind of data. A network
     without classes stays without; data without labels does not fit one with classes, which training says.
     """
-    from reference_trainer.config.records import encode
-    from reference_trainer.data import load_dataset
-    from reference_trainer.data.statistics import data_config_for
+    from reference_trainer.data.loading import is_path
+    from reference_trainer.data.statistics import standardised
 
-    measured = encode(data_config_for(source, value["data"]["sigma_data"]))
-    dataset, network = load_dataset(source), value["network"]
-    published = value["name"].startswith("edm2-") and measured["kind"] == value["data"]["kind"]
-    if published and dataset.channels == network["img_channels"]:
-        measured |= {key: value["data"][key] for key in ("mean", "scale")}
-    value["data"] = measured
+    network, data = value["network"], value["data"]
+    same = (dataset.kind, dataset.channels) == (data["kind"], network["img_channels"])
+    if not (same and value["name"].startswith("edm2-")):
+        data["mean"], data["scale"] = standardised(dataset, data["sigma_data"])
+    data["name"], data["kind"] = dataset.name, dataset.kind
+    data["path"] = source if is_path(source) else None
     network["img_channels"] = dataset.channels
     if network["label_dim"] and dataset.label_dim:
         network["label_dim"] = dataset.label_dim

@@ -33,6 +33,7 @@ def test_train_writes_a_run_that_the_other_commands_understand(phema, run_folder
     assert sorted(path.name for path in run_folder.iterdir() if path.name != ".lock") == [
         "checkpoints",
         "config.json",
+        "data.json",
         "direct",
         "log.jsonl",
         "snapshots",
@@ -117,7 +118,7 @@ def test_train_refuses_what_does_not_fit_and_names_it(
     [
         (
             ("--preset", "digits-xl"),
-            "got 'digits-xl'. Did you mean digits-xs?",
+            "no preset 'digits-xl'. Did you mean 'digits-xs'?",
         ),
         (("--seed", "3"), "or --config FILE.json alone (as a run saves it)."),
         (("--config", "G"), "with --config A to G for a config of the paper"),

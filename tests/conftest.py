@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,21 @@ def pytest_collection_modifyitems(items):
 def strict_numpy():
     with np.errstate(divide="raise", over="raise", invalid="raise"):
         yield
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK")
+
+
+@pytest.fixture(autouse=True)
+def not_launched():
+    """Frameworks leave what torchrun sets in the environment; the next test is not of that job."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_the_metadata_says_what_it_is(metadata, wheel):
     assert (metadata["Name"], metadata["Version"]) == ("posthoc-ema", __version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra")) == {"torch", "trainer", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"torch", "trainer", "metrics", "data", "dev"}
     (licence,) = (name for name in wheel.namelist() if name.endswith("licenses/LICENSE"))
     assert b"Apache License" in wheel.read(licence)
     (scripts,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))

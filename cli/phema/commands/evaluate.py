@@ -141,6 +141,8 @@ def _holds_images(source: Path) -> bool:
     """Whether SOURCE is a set of images, and not weights or snapshots."""
     if source.is_file():
         return source.suffix == ".zip"
+    if not any(source.iterdir()):
+        return False  # what is missing is then said of snapshots, as elsewhere
     return not any((source / place / MANIFEST).exists() for place in ("", "snapshots"))
 
 

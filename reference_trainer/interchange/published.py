@@ -36,9 +36,9 @@ from posthoc_ema.snapshot import label_of
 from posthoc_ema.tensor_files import TensorFileWriter
 from reference_trainer.config import DataConfig, NetworkConfig, TrainConfig
 from reference_trainer.interchange.parts import Parts, Shapes, find_parts, unlike
-from reference_trainer.networks import plan_unet
 from reference_trainer.precond import Precond
 from reference_trainer.presets import PRESETS
+from reference_trainer.topology import plan_unet
 
 METADATA_KEY = "reference_trainer"
 _FREQS, _PHASES = "freqs", "phases"

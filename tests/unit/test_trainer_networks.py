@@ -16,8 +16,8 @@ from reference_trainer.config import (
     TrainConfig,
     network_of_config,
 )
-from reference_trainer.networks import plan_unet
 from reference_trainer.precond import Precond
+from reference_trainer.topology import plan_unet
 
 TINY = NetworkConfig(
     img_resolution=8,

@@ -9,9 +9,9 @@ import torch
 
 from reference_trainer.config import CONFIGS, DataConfig, NetworkConfig, network_of_config
 from reference_trainer.costs import gflops_per_evaluation, num_parameters
-from reference_trainer.networks import plan_unet
 from reference_trainer.precond import Precond
 from reference_trainer.presets import preset, with_config
+from reference_trainer.topology import plan_unet
 
 TABLE_1 = {  # config: millions of parameters (the paper has one decimal), Gflops
     "A": (295.90, 110.4),

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from posthoc_ema.plotting import Panel
 from reference_trainer.studies.families import (
     LETTERS,
-    band_of_curves,
     best_of,
     config_runs,
     curve_of,
     distances,
     lengths_text,
     listed,
+    quality_panel,
 )
 from reference_trainer.studies.records import (
     Claim,
@@ -60,8 +59,8 @@ def report(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Report:
         claims=_claims(best, rise),
         tables=(_table(best, rise),),
         panels=(
-            _panel("configs A to D", scale, numbers, {c: curves[c] for c in LETTERS[:4]}),
-            _panel("configs D to G", scale, numbers, {c: curves[c] for c in LETTERS[3:]}),
+            quality_panel("configs A to D", scale, numbers, {c: curves[c] for c in LETTERS[:4]}),
+            quality_panel("configs D to G", scale, numbers, {c: curves[c] for c in LETTERS[3:]}),
         ),
     )
 
@@ -124,21 +123,6 @@ def _table(best: dict[str, list[Optimum]], rise: dict[str, Band]) -> Table:
         caption="Best Frechet distance and where it lies",
         header=("config", "best distance", "best sigma_rel", "in the paper", "worst / best"),
         rows=tuple(rows),
-    )
-
-
-def _panel(
-    title: str, scale: Scale, numbers: Numbers, curves: dict[str, list[list[Quality]]]
-) -> Panel:
-    return Panel(
-        title=title,
-        xlabel="averaging length sigma_rel",
-        ylabel="Frechet distance",
-        curves=tuple(
-            band_of_curves(letter, scale.sigma_rels, [distances(numbers, c) for c in of])
-            for letter, of in curves.items()
-        ),
-        log_y=True,
     )
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from posthoc_ema.plotting import Panel
 from reference_trainer.studies.families import (
-    band_of_curves,
     best_of,
     config_runs,
     curve_of,
-    distances,
     lengths_text,
     listed,
+    quality_panel,
     snapshot_time,
 )
 from reference_trainer.studies.records import Claim, Numbers, Plan, Report, Scale, Study, Table
@@ -80,17 +78,11 @@ def report(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Report:
             ),
         ),
         panels=(
-            Panel(
-                title="config G at three times",
-                xlabel="averaging length sigma_rel",
-                ylabel="Frechet distance",
-                curves=tuple(
-                    band_of_curves(
-                        f"{step} steps", scale.sigma_rels, [distances(numbers, c) for c in of]
-                    )
-                    for step, of in zip(steps, curves, strict=True)
-                ),
-                log_y=True,
+            quality_panel(
+                "config G at three times",
+                scale,
+                numbers,
+                {f"{step} steps": of for step, of in zip(steps, curves, strict=True)},
             ),
         ),
     )

@@ -6,16 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from posthoc_ema.plotting import Panel
 from reference_trainer.config import TrainConfig
 from reference_trainer.studies.families import (
-    band_of_curves,
     best_of,
     config_runs,
     curve_of,
-    distances,
     lengths_text,
     listed,
+    quality_panel,
     seeded_run,
 )
 from reference_trainer.studies.records import Claim, Numbers, Plan, Report, Run, Scale, Study, Table
@@ -93,17 +91,11 @@ def report(scale: Scale, seeds: Sequence[int], numbers: Numbers) -> Report:
             ),
         ),
         panels=(
-            Panel(
-                title="config G at three widths",
-                xlabel="averaging length sigma_rel",
-                ylabel="Frechet distance",
-                curves=tuple(
-                    band_of_curves(
-                        f"{c} channels", scale.sigma_rels, [distances(numbers, k) for k in of]
-                    )
-                    for c, of in zip(channels, curves, strict=True)
-                ),
-                log_y=True,
+            quality_panel(
+                "config G at three widths",
+                scale,
+                numbers,
+                {f"{c} channels": of for c, of in zip(channels, curves, strict=True)},
             ),
         ),
     )

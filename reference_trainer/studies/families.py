@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from posthoc_ema.plotting import BandCurve
+from posthoc_ema.plotting import BandCurve, Panel
 from reference_trainer.config import TrainConfig
 from reference_trainer.studies.records import (
     Guide,
@@ -90,3 +90,26 @@ def lengths_text(optima: Sequence[Optimum]) -> str:
 def listed(values: Sequence[float], digits: int = 3) -> str:
     """Numbers in a sentence: `0.31, 0.29, 0.35`."""
     return ", ".join(f"{value:.{digits}g}" for value in values)
+
+
+def quality_panel(
+    title: str, scale: Scale, numbers: Numbers, curves: Mapping[str, Sequence[Sequence[Quality]]]
+) -> Panel:
+    """Distance against length, a band over the seeds for each label.
+
+    Args:
+        title: what stands above.
+        scale: the scale, whose lengths are the axis.
+        numbers: what was measured.
+        curves: label to the measured curves, one per seed.
+    """
+    return Panel(
+        title=title,
+        xlabel="averaging length sigma_rel",
+        ylabel="Frechet distance",
+        curves=tuple(
+            band_of_curves(label, scale.sigma_rels, [distances(numbers, c) for c in of])
+            for label, of in curves.items()
+        ),
+        log_y=True,
+    )
